@@ -1,0 +1,82 @@
+"""What every asset reports: how long it took, whether it was there already, its digest, figures, a preview and a plot.
+
+Invariant: nothing large goes to the event log: a preview has at most 8 rows, a plot at most 50 KB.
+"""
+
+import base64
+import logging
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import dagster as dg
+
+STAGES = logging.getLogger("gr.stages")
+PREVIEW_ROWS = 8
+MAX_PLOT_BYTES = 50_000
+
+
+class Stage:
+    """One asset's execution; logs its start and its end on `gr.stages`, with the record attribute `stage`."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.started = time.monotonic()
+        STAGES.info("event=started stage=%s", name, extra={"stage": {"name": name, "event": "started"}})
+
+    def finish(
+        self,
+        *,
+        digest: str,
+        reused: bool,
+        figures: Mapping[str, int | float | str],
+        preview: str = "",
+        plot: bytes | None = None,
+    ) -> dg.MaterializeResult:
+        """Return the materialisation with all its metadata."""
+        seconds = time.monotonic() - self.started
+        fields = {
+            "name": self.name,
+            "event": "finished",
+            "seconds": seconds,
+            "reused": reused,
+            "figures": dict(figures),
+        }
+        STAGES.info(
+            "event=finished stage=%s seconds=%.1f reused=%s %s",
+            self.name,
+            seconds,
+            reused,
+            dict(figures),
+            extra={"stage": fields},
+        )
+        metadata: dict[str, Any] = {**figures, "digest": digest, "reused": reused, "seconds": round(seconds, 2)}
+        if preview:
+            metadata["preview"] = dg.MetadataValue.md(preview)
+        if plot is not None:
+            metadata["plot"] = dg.MetadataValue.md(picture(plot))
+        return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(digest))
+
+
+def picture(png: bytes) -> str:
+    """Return a PNG as a Markdown image that needs no file. Raises RuntimeError above 50 KB."""
+    if len(png) > MAX_PLOT_BYTES:
+        raise RuntimeError(f"a plot takes {len(png)} bytes, at most {MAX_PLOT_BYTES} may go to the event log")
+    return f"![plot](data:image/png;base64,{base64.b64encode(png).decode()})"
+
+
+def table(columns: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Return rows as a Markdown table."""
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(_cell(value) for value in line) + " |" for line in lines)
+
+
+def preview_of(arrow: Any) -> str:
+    """Return the first rows of a pyarrow Table as a Markdown table."""
+    head = arrow.slice(0, PREVIEW_ROWS).to_pylist()
+    return table(arrow.column_names, [list(row.values()) for row in head])
+
+
+def _cell(value: Any) -> str:
+    text = f"{value:.4g}" if isinstance(value, float) else str(value)
+    return (text if len(text) <= 60 else text[:57] + "...").replace("|", "\\|")

@@ -1,0 +1,40 @@
+"""Where a run works and on what: the state folder, the data set, the recipe.
+
+Invariant: an empty field means the default of the process that runs the asset, so the same definitions serve a
+test, the command line and the UI.
+"""
+
+from pathlib import Path
+
+import dagster as dg
+
+from gr_platform import settings
+
+
+class Platform(dg.ConfigurableResource):
+    """The state folder (default: GR_HOME) and the data set (default: GR_DATASET, else the one imported last)."""
+
+    home: str = ""
+    dataset: str = ""
+
+    def folder(self) -> Path:
+        """Return the absolute state folder."""
+        return Path(self.home) if self.home else settings.home()
+
+    def dataset_name(self) -> str:
+        """Return the data set's name. Raises UserError if none was imported yet."""
+        from gr_platform.events.landing import active_dataset
+
+        return self.dataset or settings.dataset() or active_dataset(self.folder())
+
+
+class Training(dg.Config):
+    """What to train: a recipe's name, or `auto` for the one that suits the data set."""
+
+    recipe: str = "auto"
+
+    def recipe_for(self, ds: str) -> str:
+        """Return the configured recipe, else `ml_1m` for the data set ml-1m and `small` for any other."""
+        if self.recipe != "auto":
+            return self.recipe
+        return "ml_1m" if ds == "ml-1m" else "small"

@@ -1,0 +1,1 @@
+"""gr-platform: generative recommenders (HSTU) from an interaction log to a served, retrained model."""

@@ -1,0 +1,215 @@
+"""A trained model becomes a bundle: a folder that serving understands without the code that trained it.
+
+Invariant: the expected scores in golden.safetensors come from the training path (full forward), never from the graphs
+that they are to judge.
+"""
+
+import shutil
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from safetensors.numpy import save_file
+from torch import Tensor, nn
+
+from gr_platform import provenance, storage
+from gr_platform.bundle import golden
+from gr_platform.models.batch import EventBatch
+from gr_platform.models.build import Model
+from gr_platform.models.compute import encode_tokens, score_candidates
+from gr_platform.models.config import Kind
+from gr_platform.models.ranking import RankingModel
+from gr_platform.sequences.vocabulary import NUM_OOV
+from kernels.hstu_attention import TIME_THRESHOLDS_MS
+
+MICROBATCH_SIZE = 256
+OPSET = 20
+# Raised when the same model would be exported as other files.
+EXPORT_VERSION = 1
+
+
+class _Encode(nn.Module):
+    def __init__(self, model: Model) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self,
+        kinds: Tensor,
+        items: Tensor,
+        actions: Tensor,
+        times: Tensor,
+        query_times: Tensor,
+        past_times: Tensor,
+        past_k: Tensor,
+        past_v: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return encode_tokens(self.model, kinds, items, actions, times, query_times, (past_times, past_k, past_v))
+
+
+class _Score(nn.Module):
+    def __init__(self, model: RankingModel) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(
+        self, candidates: Tensor, request_time: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor
+    ) -> Tensor:
+        return score_candidates(self.model, candidates, request_time, (past_times, past_k, past_v))
+
+
+def _export_graph(
+    module: nn.Module, path: Path, inputs: dict[str, Tensor], dynamic: dict[str, Any], outputs: list[str]
+) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module,
+            tuple(inputs.values()),
+            dynamo=True,
+            opset_version=OPSET,
+            input_names=list(inputs),
+            output_names=outputs,
+            dynamic_shapes=dynamic,
+            verbose=False,
+        )
+    assert program is not None
+    proto = program.model_proto
+    _forget_origin(proto)
+    onnx.save(proto, path)
+
+
+def _forget_origin(proto: onnx.ModelProto) -> None:
+    """Drop the exporter's notes: stack traces with this machine's paths, by which equal models would differ."""
+    for graph in (proto.graph, *proto.functions):
+        del graph.metadata_props[:]
+        for node in graph.node:
+            del node.metadata_props[:]
+            node.doc_string = ""
+        for value in graph.value_info:
+            del value.metadata_props[:]
+    for value in (*proto.graph.input, *proto.graph.output, *proto.graph.initializer):
+        del value.metadata_props[:]
+    del proto.metadata_props[:]
+
+
+def _past(model: Model, length: int) -> dict[str, Tensor]:
+    config = model.config
+    shape = (config.num_layers, length, config.num_heads)
+    return {
+        "past_times": torch.zeros(length, dtype=torch.int64),
+        "past_k": torch.zeros(*shape, config.qk_dim),
+        "past_v": torch.zeros(*shape, config.v_dim),
+    }
+
+
+def write_graphs(model: Model, folder: Path) -> None:
+    """Write encode.onnx and, for ranking, score.onnx; history, new tokens and candidates have dynamic lengths."""
+    new, past = torch.export.Dim("new"), torch.export.Dim("past")
+    past_axes = {"past_times": {0: past}, "past_k": {1: past}, "past_v": {1: past}}
+    token_names = ("kinds", "items", "actions", "times", "query_times")
+    tokens = {name: torch.ones(3, dtype=torch.int64) for name in token_names}
+    _export_graph(
+        _Encode(model),
+        folder / "encode.onnx",
+        tokens | _past(model, 5),
+        {name: {0: new} for name in token_names} | past_axes,
+        ["rows", "k", "v"],
+    )
+    if isinstance(model, RankingModel):
+        candidates = {"candidates": torch.ones(3, dtype=torch.int64), "request_time": torch.zeros(1, dtype=torch.int64)}
+        axes = {"candidates": {0: torch.export.Dim("candidates")}, "request_time": {}} | past_axes
+        _export_graph(_Score(model), folder / "score.onnx", candidates | _past(model, 5), axes, ["scores"])
+
+
+@torch.no_grad()
+def expected_scores(model: Model, request: golden.GoldenRequest) -> np.ndarray:
+    """Return the offline scores of a golden request by one full forward: [C, tasks] (ranking) or [C] (retrieval)."""
+    batch = EventBatch.of([(request.items, request.actions, request.times)], [request.request_time])
+    candidates = torch.from_numpy(request.candidates)
+    if isinstance(model, RankingModel):
+        return model.score(batch, candidates[None])[0].numpy()
+    return (model.item_vectors()[candidates] @ model.user_vectors(batch)[0] / model.config.temperature).numpy()
+
+
+def write_bundle(
+    folder: Path,
+    *,
+    model: Model,
+    weights: Path,
+    vocabulary: Path,
+    num_rows: int,
+    declaration: dict[str, Any],
+    recipe: str,
+    metrics: dict[str, Any],
+) -> dict[str, Any]:
+    """Fill an empty folder with a bundle and return the manifest's facts; `weights` is the run's model.safetensors."""
+    model.eval()
+    shutil.copy(weights, folder / "model.safetensors")
+    shutil.copy(vocabulary, folder / "vocabulary.parquet")
+    write_graphs(model, folder)
+    requests = golden.draw(
+        first_item=1 + NUM_OOV,
+        num_rows=num_rows,
+        num_actions=len(declaration["actions"]),
+        max_events=model.config.max_events,
+    )
+    golden.save(folder / "golden.safetensors", requests, [expected_scores(model, request) for request in requests])
+    if not isinstance(model, RankingModel):
+        with torch.no_grad():
+            save_file({"item_vectors": model.item_vectors().numpy()}, folder / "item_vectors.safetensors")
+    constants = _constants(model, declaration["actions"])
+    files = {name: storage.file_sha256(folder / name) for name in ("model.safetensors", "vocabulary.parquet")}
+    return constants | {
+        "model_digest": storage.digest_of({"constants": constants, "files": files}),
+        "microbatch_size": MICROBATCH_SIZE,
+        "declaration": declaration,
+        "recipe": recipe,
+        "metrics": metrics,
+        "git_commit": provenance.git_commit(),
+    }
+
+
+def _constants(model: Model, actions: list[str]) -> dict[str, Any]:
+    """Return what decides a score beside weights and vocabulary."""
+    return {
+        "config": asdict(model.config),
+        "actions": actions,
+        "tasks": list(model.tasks) if isinstance(model, RankingModel) else [],
+        "time_thresholds_ms": list(TIME_THRESHOLDS_MS),
+        "attention_divisor": model.config.attention_divisor,
+    }
+
+
+def export(home: Path, dataset: str, kind: Kind) -> storage.Result:
+    """Return the bundle of the current run of `kind`, exporting it unless it exists, and make it the current bundle."""
+    from gr_platform.sequences.dataset import SequenceDataset
+    from gr_platform.training.load import load_model
+
+    run_folder = storage.current(home / "runs" / dataset, f"{kind}_model")
+    run = storage.read_manifest(run_folder)
+    sequences_folder = storage.current(home / "sequences" / dataset, "sequences")
+    made_of = storage.read_manifest(sequences_folder).spec
+    sequences = SequenceDataset.open(sequences_folder)
+    evaluation = storage.read_manifest(storage.current(home / "runs" / dataset, "evaluation")).facts
+    spec = {"run": run.digest, "vocabulary": sequences.vocabulary.digest, "export_version": EXPORT_VERSION}
+
+    def build(folder: Path) -> dict[str, Any]:
+        return write_bundle(
+            folder,
+            model=load_model(run_folder),
+            weights=run_folder / "model.safetensors",
+            vocabulary=sequences_folder.parent / made_of["vocabulary_folder"] / "vocabulary.parquet",
+            num_rows=sequences.vocabulary.num_rows,
+            declaration=sequences.declaration.to_json(),
+            recipe=run.spec["recipe"]["name"],
+            metrics={kind: evaluation[kind]},
+        )
+
+    result = storage.ensure(home / "bundles" / dataset, kind, spec, build)
+    storage.point(home / "bundles" / dataset, kind, result.folder)
+    return result

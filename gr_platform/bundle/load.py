@@ -1,0 +1,79 @@
+"""A bundle on disk as a value: what the model server loads, with no torch, Polars, DuckDB, Dagster or MLflow.
+
+Invariant: loading verifies the digest of every file; nothing is unpickled.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors.numpy import load_file
+
+from gr_platform import storage
+from gr_platform.bundle.compute import Compute
+from gr_platform.bundle.onnx_compute import OnnxCompute
+from gr_platform.errors import UserError
+from gr_platform.events.declaration import Declaration
+from gr_platform.models.config import ModelConfig
+from gr_platform.sequences.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Bundle:
+    """A verified model: constants, vocabulary, and the graphs on demand.
+
+    `digest` covers everything that changes a score (weights, constants, vocabulary, actions, tasks): the cache's seed.
+    `item_vectors`: normalised, float32 [num_rows, d], row = vocabulary index; no rows in a ranking bundle.
+    """
+
+    folder: Path
+    digest: str
+    config: ModelConfig
+    declaration: Declaration
+    tasks: tuple[str, ...]
+    vocabulary: Vocabulary
+    microbatch_size: int
+    metrics: dict[str, Any]
+    recipe: str
+    item_vectors: np.ndarray
+
+    @property
+    def kind(self) -> str:
+        """`retrieval` or `ranking`."""
+        return self.config.kind
+
+    @property
+    def num_tasks(self) -> int:
+        """Number of ranking heads; 0 for retrieval."""
+        return len(self.tasks) if self.kind == "ranking" else 0
+
+    def compute(self, num_threads: int = 1) -> Compute:
+        """Return the model's graphs in ONNX Runtime sessions."""
+        return OnnxCompute(self.folder, self.config, self.num_tasks, num_threads=num_threads)
+
+
+def load(folder: Path) -> Bundle:
+    """Return the bundle in `folder` after checking every file's digest.
+
+    Raises UserError if it is no bundle, of another schema, or damaged.
+    """
+    manifest = storage.read_manifest(folder, verify=True)
+    if manifest.kind not in ("retrieval", "ranking"):
+        raise UserError(f"{folder.name} is a {manifest.kind}, not a model bundle")
+    facts = manifest.facts
+    vectors = np.zeros((0, facts["config"]["embedding_dim"]), np.float32)
+    if manifest.kind == "retrieval":
+        vectors = load_file(folder / "item_vectors.safetensors")["item_vectors"]
+    return Bundle(
+        folder=folder,
+        digest=facts["model_digest"],
+        config=ModelConfig(**facts["config"]),
+        declaration=Declaration.from_json(facts["declaration"]),
+        tasks=tuple(facts["tasks"]),
+        vocabulary=Vocabulary.load(folder / "vocabulary.parquet"),
+        microbatch_size=facts["microbatch_size"],
+        metrics=facts["metrics"],
+        recipe=facts["recipe"],
+        item_vectors=vectors,
+    )

@@ -1,0 +1,287 @@
+"""The command line `gr`: one short function a command, each of which calls one library function.
+
+Invariant: a UserError ends in one red sentence on stderr and status 2; libraries are imported inside commands, so that
+`gr --help` answers at once.
+"""
+
+import logging
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from gr_platform import settings
+from gr_platform.commands import logs
+from gr_platform.errors import UserError, sentence_for
+
+app = typer.Typer(
+    help="Generative recommenders from interaction log to served model. Start with: gr demo",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+)
+
+Dataset = Annotated[str | None, typer.Option(help="Data set; default: GR_DATASET, else the one imported last.")]
+Recipe = Annotated[str, typer.Option(help="tiny, small or ml_1m; auto picks one for the data set.")]
+Format = Annotated[str, typer.Option(help="auto, csv, jsonl, parquet or movielens.")]
+INTERRUPTED, MAX_PORT = 130, 65535
+GrpcPort = Annotated[int, typer.Option(help="Model server: gRPC.", min=0, max=MAX_PORT)]
+HttpPort = Annotated[int, typer.Option(help="Model server: HTTP.", min=0, max=MAX_PORT)]
+MetricsPort = Annotated[int, typer.Option(help="Model server: metrics.", min=0, max=MAX_PORT)]
+
+
+def main() -> None:
+    """Run `gr`; exit with status 2 and one sentence for what the user can mend."""
+    try:
+        logs.to_file(settings.home())
+        app()
+    except SystemExit as end:
+        if end.code == INTERRUPTED:
+            _complain("stopped", "what was finished is kept, and the same command goes on from there")
+        raise
+    except Exception as error:
+        if (sentence := sentence_for(error)) is None:
+            raise
+        logging.getLogger(__name__).info("event=refused", exc_info=error)
+        _complain("error", sentence)
+        sys.exit(2)
+
+
+@app.command()
+def demo(
+    data: Annotated[Path | None, typer.Option(help="Your log; default: simulated data.")] = None,
+    format: Format = "auto",
+    recipe: Recipe = "auto",
+    num_events: Annotated[int, typer.Option(help="Size of the simulated log.")] = 200_000,
+) -> None:
+    """Do the whole main job: import, train, evaluate, register, export, serve, ask.
+
+    Examples: gr demo | gr demo --data ml-1m/ratings.parquet --format movielens
+    """
+    from gr_platform.commands.demo import DemoOptions, run
+
+    options = DemoOptions(data=data, format=format, recipe=recipe, num_events=num_events)
+    run(settings.home(), settings.dagster_home(), options, Console())
+
+
+@app.command("import")
+def import_(
+    source: Annotated[Path, typer.Argument(help="The log: a CSV, JSON Lines or Parquet file, or MovieLens ratings.")],
+    format: Format = "auto",
+    dataset: Annotated[str | None, typer.Option(help="Data set to add to; default: from the file's name.")] = None,
+    user_column: Annotated[str | None, typer.Option(help="Column of the user's id.")] = None,
+    item_column: Annotated[str | None, typer.Option(help="Column of the item's id.")] = None,
+    action_column: Annotated[str | None, typer.Option(help="Column of the action's name.")] = None,
+    time_column: Annotated[str | None, typer.Option(help="Column of the event's time.")] = None,
+    value_column: Annotated[str | None, typer.Option(help="Column of a rating or another number.")] = None,
+    time_unit: Annotated[str, typer.Option(help="auto, s, ms, us, ns or iso.")] = "auto",
+    ingest_date: Annotated[str | None, typer.Option(help="Partition YYYY-MM-DD; default: today.")] = None,
+) -> None:
+    """Import a log into the landing folder; columns that are not named are guessed and shown.
+
+    Examples: gr import shop.csv | gr import log.jsonl --user-column customer --time-unit s
+    """
+    from gr_platform.events.landing import import_file
+
+    landed = import_file(
+        source,
+        home=settings.home(),
+        dataset=dataset,
+        format=format,
+        user_column=user_column,
+        item_column=item_column,
+        action_column=action_column,
+        time_column=time_column,
+        value_column=value_column,
+        time_unit=time_unit,
+        ingest_date=ingest_date,
+    )
+    state = "was imported before" if landed.reused else "imported"
+    _say(f"{source.name} {state}: {landed.num_rows:,} rows in data set {landed.dataset}, date {landed.ingest_date}")
+    _say("understood as (options override it, see gr import --help):")
+    for name, value in landed.guesses.items():
+        _say(f"  {name:<12} {value}")
+    _say("next: gr materialize")
+
+
+@app.command()
+def simulate(
+    out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
+    num_events: Annotated[int, typer.Option(help="About how many events.")] = 200_000,
+    seed: Annotated[int, typer.Option(help="Same seed, same log.")] = 7,
+) -> None:
+    """Write a synthetic log: views, likes and purchases of drifting tastes.
+
+    Example: gr simulate log.parquet --num-events 50000
+    """
+    from gr_platform.events.simulator import simulate as write
+
+    facts = write(out, num_events=num_events, seed=seed)
+    _say(f"{out.name}: {facts['num_rows']:,} rows, {facts['num_users']:,} users, {facts['num_items']:,} items")
+    _say(f"next: gr import {out}")
+
+
+@app.command()
+def materialize(
+    select: Annotated[list[str] | None, typer.Option(help="Asset to run (repeat for more); default: all.")] = None,
+    dataset: Dataset = None,
+    recipe: Recipe = "auto",
+) -> None:
+    """Run the asset graph, or single assets of it; what is up to date is reused.
+
+    Examples: gr materialize | gr materialize --select retrieval_model --select evaluation --recipe small
+    """
+    from gr_platform.commands import display, pipeline
+
+    stages = display.StageLines(Console())
+    home, dagster_home = settings.home(), settings.dagster_home()
+    pipeline.materialize(home, dagster_home, dataset=dataset or "", recipe=recipe, select=select or (), on_stage=stages)
+    _say(f"finished in {stages.seconds:.0f} s")
+
+
+@app.command()
+def serve(grpc_port: GrpcPort = 8001, http_port: HttpPort = 8000, metrics_port: MetricsPort = 8002) -> None:
+    """Run the model server with the deployed pair until Ctrl-C; prints its addresses.
+
+    Example: gr serve --grpc-port 9001
+    """
+    from gr_platform.commands.foreground import serve_until_signal
+    from serving.server import Ports
+
+    serve_until_signal(settings.home(), Ports(grpc=grpc_port, http=http_port, metrics=metrics_port), _say)
+
+
+@app.command()
+def up(
+    dagster_port: Annotated[int, typer.Option(help="Dagster's UI.", min=1, max=MAX_PORT)] = 3000,
+    mlflow_port: Annotated[int, typer.Option(help="MLflow's UI.", min=1, max=MAX_PORT)] = 5000,
+    grpc_port: GrpcPort = 8001,
+    http_port: HttpPort = 8000,
+    metrics_port: MetricsPort = 8002,
+) -> None:
+    """Start Dagster (UI and daemon), the MLflow UI and the model server, all on 127.0.0.1, and print their addresses.
+
+    Examples: gr up | gr up --dagster-port 3001
+    """
+    from gr_platform.commands import services
+
+    home = settings.home()
+    ports = services.Ports(
+        dagster=dagster_port, mlflow=mlflow_port, grpc=grpc_port, http=http_port, metrics=metrics_port
+    )
+    for running in services.up(home, services.platform_services(home, settings.dagster_home(), ports)):
+        _say(f"{running.name:<18} {running.address or 'running'}")
+    if not services.has_models(home):
+        _say(f"{'model-server':<18} not started: no model is deployed yet; run gr materialize, then gr up again")
+    _say("stop them with: gr down")
+
+
+@app.command()
+def down() -> None:
+    """Stop exactly what `gr up` started."""
+    from gr_platform.commands import services
+
+    stopped = services.down(settings.home())
+    _say(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
+
+
+@app.command()
+def status() -> None:
+    """Show the data sets, the current models, who is champion, and what runs."""
+    from gr_platform.commands.status import report
+
+    for line in report(settings.home()):
+        _say(line)
+
+
+@app.command()
+def doctor() -> None:
+    """Check every prerequisite and say what to do about each fault; status 1 if something needed is missing."""
+    from gr_platform.commands.doctor import examine
+
+    checks = examine(settings.home())
+    for check in checks:
+        mark = "ok  " if check.ok else ("FAIL" if check.needed else "warn")
+        _say(f"{mark}  {check.name:<26} {check.found}" + (f"  ->  {check.advice}" if check.advice else ""))
+    if any(check.needed and not check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def recommend(
+    user: Annotated[str, typer.Option(help="A user of the served data set.")],
+    k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
+    at: Annotated[
+        int | None, typer.Option(help="Time of the request, ms UTC; default: that of the last event.")
+    ] = None,
+) -> None:
+    """Ask the running model server for the best items for a user.
+
+    Example: gr recommend --user 42 -k 10
+    """
+    from gr_platform.commands import display
+    from gr_platform.commands.query import Asker
+
+    with Asker(settings.home()) as asker:
+        answer = asker.recommend(user, k, at)
+        Console().print(display.answer_table(f"Top {k} for user {user}", answer, asker.tasks))
+    _say(f"{answer.milliseconds:.1f} ms, {answer.cached_tokens} tokens cached")
+
+
+@app.command()
+def score(
+    user: Annotated[str, typer.Option(help="A user of the served data set.")],
+    items: Annotated[str, typer.Option(help="Item ids, separated by commas.")],
+    at: Annotated[
+        int | None, typer.Option(help="Time of the request, ms UTC; default: that of the last event.")
+    ] = None,
+) -> None:
+    """Ask the running model server how likely each action of a user on given items is.
+
+    Example: gr score --user 42 --items 17,4,99
+    """
+    from gr_platform.commands import display
+    from gr_platform.commands.query import Asker
+
+    with Asker(settings.home()) as asker:
+        answer = asker.score(user, [item.strip() for item in items.split(",") if item.strip()], at)
+        Console().print(display.answer_table(f"Probabilities for user {user}", answer, asker.tasks))
+    _say(f"{answer.milliseconds:.1f} ms, {answer.cached_tokens} tokens cached")
+
+
+@app.command()
+def bench(
+    name: Annotated[str, typer.Argument(help="Benchmark; all if not given.")] = "all",
+    json: Annotated[Path | None, typer.Option(help="Also write the rows to this file.")] = None,
+) -> None:
+    """Measure against the alternatives, in one run on this machine.
+
+    Example: gr bench attention --json attention.json
+    """
+    from gr_platform.commands import bench as benches
+    from gr_platform.commands import display
+
+    if name != "all" and name not in benches.BENCHES:
+        raise UserError(f"there is no benchmark {name!r}; choose all, {', '.join(benches.BENCHES)}")
+    rows = [row for each in (benches.BENCHES if name == "all" else [name]) for row in benches.run(each)]
+    Console().print(display.bench_table(rows))
+    if json is not None:
+        benches.write(rows, json)
+    if any(row["ok"] is False for row in rows):
+        raise typer.Exit(1)
+
+
+def _complain(what: str, sentence: str) -> None:
+    Console(stderr=True).print(f"[red]{what}:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+
+
+def _say(text: str) -> None:
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,98 @@
+"""What commands show: stage lines, tables of answers, key figures.
+
+Invariant: the only place besides the commands that writes to the terminal; it computes nothing.
+"""
+
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from gr_platform.commands.query import UserAnswer
+
+SHOWN_FIGURES = 4
+
+
+class StageLines:
+    """Prints a line as each stage ends, with its time, whether it was reused and its first figures."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._started = time.monotonic()
+
+    def __call__(self, fields: Mapping[str, Any]) -> None:
+        """Take the fields that a stage logged."""
+        if fields["event"] == "started":
+            if self._console.is_terminal:
+                self._console.print(f"  [dim]{fields['name']} ...[/]", end="\r")
+        elif fields["event"] == "finished":
+            self.line(fields["name"], fields["seconds"], fields["figures"], reused=fields["reused"])
+        else:
+            self._console.print(f"  [red]x[/] {fields['name']}: {fields['reason']}")
+
+    def line(self, name: str, seconds: float, figures: Mapping[str, Any], *, reused: bool = False) -> None:
+        """Print one finished stage."""
+        state = "[cyan]reused[/]" if reused else "[green]done[/]  "
+        shown = list(figures.items())[:SHOWN_FIGURES]
+        text = ", ".join(f"{key.removeprefix('num_').replace('_', ' ')} {_number(value)}" for key, value in shown)
+        self._console.print(f"  {state} {name:<16} {seconds:6.1f} s  [dim]{text}[/]", highlight=False, soft_wrap=True)
+
+    @property
+    def seconds(self) -> float:
+        """Seconds since the first stage could have started."""
+        return time.monotonic() - self._started
+
+
+def answer_table(title: str, answer: UserAnswer, tasks: Sequence[str]) -> Table:
+    """Return an answer as a table: place, item, title where there is one, probability a task."""
+    with_titles = any(line.title for line in answer.lines)
+    grid = Table(title=title, title_justify="left")
+    grid.add_column("#", justify="right")
+    grid.add_column("item")
+    if with_titles:
+        grid.add_column("title")
+    for task in tasks:
+        grid.add_column(f"P({task})", justify="right")
+    for place, line in enumerate(answer.lines, start=1):
+        names = [str(line.item), line.title] if with_titles else [str(line.item)]
+        grid.add_row(str(place), *names, *(f"{line.scores[task]:.4f}" for task in tasks))
+    return grid
+
+
+def quality_table(facts: Mapping[str, Any]) -> Table:
+    """Return the evaluation's key figures: the model beside popularity, then NE and AUC a task."""
+    grid = Table(title="Quality on the held-out last events", title_justify="left")
+    for column in ("", "HSTU", "popularity"):
+        grid.add_column(column, justify="left" if not column else "right")
+    for name, label in (("hr_at_10", "HR@10"), ("ndcg_at_10", "NDCG@10"), ("mrr", "MRR")):
+        grid.add_row(label, f"{facts['retrieval'][name]:.4f}", f"{facts['popularity'][name]:.4f}")
+    for task, figures in facts["ranking"].items():
+        # By definition what the base rate of the task scores, nothing measured.
+        grid.add_row(f"{task}: NE, AUC", f"{_number(figures['ne'])}, {_number(figures['auc'])}", "base rate: 1, 0.5")
+    return grid
+
+
+def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
+    """Return benchmark rows as a table."""
+    grid = Table()
+    for column in ("name", "value", "unit", "against", "target", "ok"):
+        grid.add_column(column, justify="right" if column in ("value", "target") else "left")
+    for row in rows:
+        ok = {True: "yes", False: "[red]no[/]", None: "-"}[row["ok"]]
+        target = "-" if row["target"] is None else f"{row['target']:g}"
+        grid.add_row(row["name"], f"{row['value']:.4g}", row["unit"], row["against"] or "-", target, ok)
+    return grid
+
+
+def lines(console: Console, texts: Iterable[str]) -> None:
+    """Print each text on a line of its own, exactly as it is."""
+    for text in texts:
+        console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def _number(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}" if abs(value) < 10 else f"{value:,.1f}"
+    return f"{value:,}" if isinstance(value, int) else str(value)

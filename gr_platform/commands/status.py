@@ -1,0 +1,68 @@
+"""What there is and what runs, for a person at a terminal.
+
+Invariant: reading only; a state folder with nothing in it is a valid answer.
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+from gr_platform import storage
+from gr_platform.commands import services
+from gr_platform.errors import UserError
+
+
+def report(home: Path) -> Iterator[str]:
+    """Yield the lines of `gr status`."""
+    from gr_platform.events.landing import active_dataset
+
+    try:
+        active = active_dataset(home)
+    except UserError as error:
+        yield str(error)
+        yield from _running(home)
+        return
+    for folder in sorted(path.parent for path in (home / "landing").glob("*/dataset.toml")):
+        yield from _dataset(home, folder.name, active=folder.name == active)
+    yield from _running(home)
+
+
+def _dataset(home: Path, ds: str, *, active: bool) -> Iterator[str]:
+    yield f"data set {ds}" + (" (active)" if active else "")
+    try:
+        facts = storage.read_manifest(storage.current(home / "sequences" / ds, "sequences")).facts
+        users, items, exposures = facts["num_users"], facts["num_items"], facts["num_exposures"]
+        yield f"  sequences    {users:,} users, {items:,} items, {exposures:,} exposures"
+        facts = storage.read_manifest(storage.current(home / "runs" / ds, "evaluation")).facts
+        retrieval, popularity = facts["retrieval"], facts["popularity"]
+        yield f"  evaluation   HR@10 {retrieval['hr_at_10']:.4f} (popularity {popularity['hr_at_10']:.4f})"
+    except UserError as error:
+        yield f"  {error}"
+        return
+    yield from _versions(home, ds)
+
+
+def _versions(home: Path, ds: str) -> Iterator[str]:
+    if not (home / "mlflow.db").exists():
+        return
+    from gr_platform.registry import promotion, versions
+
+    for kind in versions.KINDS:
+        for version in versions.versions(home, ds, kind):
+            if version.aliases:
+                why = version.tags.get(promotion.REASONS)
+                roles = ", ".join(version.aliases) + (f" (refused: {why})" if why else "")
+                yield f"  {version.name} version {version.version}: {roles}"
+
+
+def _running(home: Path) -> Iterator[str]:
+    from serving.handle import attach
+
+    server = attach(home)
+    yield (
+        f"model server  gRPC {server.grpc_address}, http://{server.http_address}"
+        if server
+        else "model server  not running"
+    )
+    for service in services.running_services(home):
+        if service.name != "model-server":
+            yield f"{service.name}  {service.address or 'running'}"

@@ -1,0 +1,46 @@
+"""The Dagster code location: every asset, check, job and resource of the platform.
+
+Invariant: importing it loads neither torch nor MLflow, so the UI and the daemon start fast.
+"""
+
+import logging
+
+import dagster as dg
+
+from assets import checks, deployment, evaluation, events, registration, sequences, training
+from assets.resources import Platform
+
+FULL_PIPELINE = "full_pipeline"
+
+full_pipeline = dg.define_asset_job(
+    FULL_PIPELINE,
+    selection=dg.AssetSelection.all(),
+    description="From landed files to the served pair of models; finished stages are reused.",
+)
+
+
+@dg.logger(
+    config_schema={
+        "path": dg.Field(str, description="file to append to"),
+        "level": dg.Field(str, default_value="INFO"),
+    },
+    description="Dagster's own log as lines of a file: what `gr demo` uses so that its screen stays readable.",
+)
+def file_logger(context: dg.InitLoggerContext) -> logging.Logger:
+    """Return a logger that appends to the configured file."""
+    path = context.logger_config["path"]
+    logger = logging.Logger("gr.dagster", level=context.logger_config["level"])
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    return logger
+
+
+defs = dg.Definitions(
+    assets=dg.load_assets_from_modules([events, sequences, training, evaluation, registration, deployment]),
+    asset_checks=dg.load_asset_checks_from_modules([checks]),
+    jobs=[full_pipeline],
+    resources={"platform": Platform()},
+    executor=dg.in_process_executor,
+    loggers={"console": dg.colored_console_logger, "file": file_logger},
+)

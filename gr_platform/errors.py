@@ -1,0 +1,44 @@
+"""The one error a user can mend: its text is a sentence that says what, where and what to do.
+
+Invariant: the command line prints a `UserError` as one sentence and exits with status 2; anything else is a defect
+of ours and keeps its traceback. What the operating system refuses (no space, no permission) the user can mend too.
+"""
+
+import errno
+from collections.abc import Iterator
+from pathlib import Path
+
+_NO_SPACE = ("No space left on device", "database or disk is full", "disk I/O error")
+_NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
+
+
+class UserError(ValueError):
+    """The caller's input or machine is at fault; the message says what it got, what it needs and what to do."""
+
+
+def sentence_for(error: BaseException) -> str | None:
+    """Return what to tell the user about an error they can mend, None for a defect of ours."""
+    return str(error) if isinstance(error, UserError) else machine_fault(error)
+
+
+def machine_fault(error: BaseException) -> str | None:
+    """Return the sentence for an error that a full disk or a missing permission caused, None for any other."""
+    for each in _chain(error):
+        refused = each.errno if isinstance(each, OSError) else None
+        # DuckDB and SQLite have errors of their own, which carry the system's reason as text.
+        if refused in (errno.ENOSPC, errno.EDQUOT) or any(text in str(each) for text in _NO_SPACE):
+            return (
+                "the disk of the state folder is full; free some space, or set GR_HOME to a folder with more, and run "
+                "the same command again"
+            )
+        if isinstance(each, OSError) and refused in _NOT_WRITABLE:
+            name = Path(str(each.filename)).name if each.filename else "a file"
+            return f"{name} cannot be opened or written ({each.strerror}); mend its permissions, or set GR_HOME"
+    return None
+
+
+def _chain(error: BaseException) -> Iterator[BaseException]:
+    following: BaseException | None = error
+    while following is not None:
+        yield following
+        following = following.__cause__ or following.__context__

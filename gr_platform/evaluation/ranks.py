@@ -1,0 +1,93 @@
+"""Rank of each user's target among all items that could have been returned.
+
+Invariant: a tie counts against the model (a constant model ranks last), and a target that could not be returned (it is
+inactive, or seen and excluded) ranks behind every item. NaN never ranks: it raises.
+
+Legend: B users of a block, U users, R vocabulary rows.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from gr_platform.sequences.dataset import SequenceDataset
+
+BLOCK_USERS = 256
+BLOCK_SCORES = 1 << 25
+
+
+class NonFiniteScores(RuntimeError):
+    """A model scored something NaN or infinite, so no order of its items means anything."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Targets:
+    """What is predicted: for U users the dataset row and the index of the target exposure, int64 [U] each."""
+
+    rows: np.ndarray
+    positions: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ranked:
+    """Ranks int64 [U] (1 = best) and scores float32 [U] of the targets' items int64 [U].
+
+    num_ties: targets whose score another item shares; num_unreachable: targets that could not be returned.
+    """
+
+    targets: Targets
+    items: np.ndarray
+    ranks: np.ndarray
+    scores: np.ndarray
+    num_ties: int
+    num_unreachable: int
+
+
+def require_finite(values: np.ndarray, what: str) -> None:
+    """Raise NonFiniteScores if any of `values` is NaN or infinite."""
+    num_bad = values.size - int(np.count_nonzero(np.isfinite(values)))
+    if num_bad:
+        raise NonFiniteScores(
+            f"{num_bad} of {values.size} {what} are NaN or infinite; the model is unusable, train it again with a "
+            "smaller learning_rate"
+        )
+
+
+def rank_targets(
+    dataset: SequenceDataset, targets: Targets, score_block: Callable[[int, int], np.ndarray], *, exclude_seen: bool
+) -> Ranked:
+    """Return the targets' ranks among active items, without those of the user's history under `exclude_seen`.
+
+    score_block(begin, end): float [end - begin, R] scores of users begin..end-1 of `targets`; it may be overwritten.
+    Memory: at most BLOCK_SCORES scores at once (or one user's). Raises NonFiniteScores.
+    """
+    barred = ~dataset.vocabulary.active
+    starts = dataset.offsets[targets.rows]
+    items = dataset.items[starts + targets.positions]
+    ranks = np.empty(len(targets), np.int64)
+    scores = np.empty(len(targets), np.float32)
+    num_ties = num_unreachable = 0
+    block = max(1, min(BLOCK_USERS, BLOCK_SCORES // len(barred)))
+    for begin in range(0, len(targets), block):
+        end = min(begin + block, len(targets))
+        table = score_block(begin, end)
+        require_finite(table, f"scores of users {begin}..{end - 1}")
+        own = table[np.arange(end - begin), items[begin:end]]
+        table[:, barred] = -np.inf
+        if exclude_seen:
+            for index in range(begin, end):
+                first = starts[index]
+                table[index - begin, dataset.items[first : first + targets.positions[index]]] = -np.inf
+        unreachable = np.isneginf(table[np.arange(end - begin), items[begin:end]])
+        at_least = np.count_nonzero(table >= own[:, None], axis=1)
+        ranks[begin:end] = np.where(unreachable, np.count_nonzero(~barred) + 1, at_least)
+        scores[begin:end] = own
+        num_ties += int(np.count_nonzero((np.count_nonzero(table == own[:, None], axis=1) > 1) & ~unreachable))
+        num_unreachable += int(np.count_nonzero(unreachable))
+    return Ranked(
+        targets=targets, items=items, ranks=ranks, scores=scores, num_ties=num_ties, num_unreachable=num_unreachable
+    )

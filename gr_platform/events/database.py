@@ -1,0 +1,48 @@
+"""DuckDB connections with bounds: memory, threads and where it may spill.
+
+Invariant: nothing is read from or written to the current folder, and results do not depend on the bounds.
+"""
+
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import duckdb
+
+from gr_platform import settings
+
+MEMORY_LIMIT = "1200MB"
+
+
+@contextmanager
+def connect(home: Path) -> Iterator[duckdb.DuckDBPyConnection]:
+    """Yield an in-memory database that spills into a folder of its own under `home`, in UTC, without extensions."""
+    home.mkdir(parents=True, exist_ok=True)
+    with (
+        # Two processes must not share a spill folder: DuckDB names its files by number alone.
+        tempfile.TemporaryDirectory(dir=home, prefix=".spill-") as spill,
+        duckdb.connect(":memory:", config=_config(spill)) as connection,
+    ):
+        connection.execute("SET TimeZone = 'UTC'")
+        yield connection
+
+
+def _config(spill: str) -> dict[str, str | bool | int | float | list[str]]:
+    return {
+        "memory_limit": MEMORY_LIMIT,
+        "temp_directory": spill,
+        "threads": settings.num_cores(),
+        "autoinstall_known_extensions": False,
+        "autoload_known_extensions": False,
+    }
+
+
+def quoted(name: str) -> str:
+    """Return `name` as a quoted SQL identifier."""
+    return '"' + name.replace('"', '""') + '"'
+
+
+def literal(text: str) -> str:
+    """Return `text` as a quoted SQL string."""
+    return "'" + text.replace("'", "''") + "'"

@@ -1,0 +1,140 @@
+"""The data set declaration: what a log's columns and actions mean, carried in every manifest and bundle.
+
+Invariant: `actions` is append-only, so bit j of a stored action mask means `actions[j]` for ever. Only the standard
+library is imported: the model server reads declarations too.
+"""
+
+import json
+import re
+import tomllib
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, Literal
+
+from gr_platform.errors import UserError
+
+MAX_ACTIONS = 62
+IdType = Literal["int64", "string"]
+TIME_UNITS = ("s", "ms", "us", "ns", "iso")
+_NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
+_RESERVED = ("active",)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Declaration:
+    """One data set. Bit j of an action mask stands for `actions[j]`; at most 62 actions.
+
+    tasks: ranking head -> actions that count as its positive. positives: actions that make an event a retrieval target.
+    columns: canonical name -> column of the file imported first; where `action` and `value` name the same column, the
+    action is `rate_<value>`. time_unit: s, ms, us, ns or iso. time_zone: of times that carry none.
+    """
+
+    name: str
+    actions: tuple[str, ...]
+    tasks: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    positives: tuple[str, ...]
+    exclude_seen: Literal["none", "all"] = "none"
+    merge_window_ms: int = 0
+    user_id_type: IdType = "int64"
+    item_id_type: IdType = "int64"
+    columns: dict[str, str] = field(default_factory=dict)
+    time_unit: str = "ms"
+    time_zone: str = "UTC"
+
+    def __post_init__(self) -> None:
+        check_name(self.name)
+        if not 1 <= len(self.actions) <= MAX_ACTIONS or len(set(self.actions)) != len(self.actions):
+            raise ValueError(
+                f"Declaration.actions has {len(self.actions)} names, must be 1 to {MAX_ACTIONS}, all different"
+            )
+        for owner, names in {"positives": self.positives, **self.tasks}.items():
+            if unknown := [name for name in names if name not in self.actions]:
+                raise ValueError(f"Declaration {owner} names {unknown}, which are not among the actions")
+        for label, value, allowed in (
+            ("exclude_seen", self.exclude_seen, ("none", "all")),
+            ("user_id_type", self.user_id_type, ("int64", "string")),
+            ("item_id_type", self.item_id_type, ("int64", "string")),
+            ("time_unit", self.time_unit, TIME_UNITS),
+        ):
+            if value not in allowed:
+                raise ValueError(f"Declaration.{label} is {value!r}, must be one of {', '.join(allowed)}")
+        if self.merge_window_ms != 0:
+            raise ValueError(f"Declaration.merge_window_ms is {self.merge_window_ms}, only 0 is supported")
+
+    def action_mask(self, names: Iterable[str]) -> int:
+        """Return the bitmask of action names. Raises ValueError for a name that is not declared."""
+        mask = 0
+        for name in names:
+            if name not in self.actions:
+                raise ValueError(f"action {name!r} is not declared; the actions are {', '.join(self.actions)}")
+            mask |= 1 << self.actions.index(name)
+        return mask
+
+    def task_masks(self) -> dict[str, int]:
+        """Return the action mask of each task, in the order of the tasks."""
+        return {task: self.action_mask(names) for task, names in self.tasks.items()}
+
+    def positive_mask(self) -> int:
+        """Return the mask of the actions that make an event a retrieval target."""
+        return self.action_mask(self.positives)
+
+    def with_actions(self, names: Iterable[str]) -> "Declaration":
+        """Return the declaration with new actions appended, counted as positives where all the others are."""
+        fresh = [name for name in dict.fromkeys(names) if name not in self.actions]
+        positives = (*self.positives, *fresh) if set(self.positives) == set(self.actions) else self.positives
+        return replace(self, actions=(*self.actions, *fresh), positives=positives)
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the declaration as JSON-able values."""
+        fields = asdict(self)
+        fields["actions"], fields["positives"] = list(self.actions), list(self.positives)
+        fields["tasks"] = {task: list(names) for task, names in self.tasks.items()}
+        return fields
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "Declaration":
+        """Return the declaration that `to_json` wrote. Raises UserError naming what is wrong."""
+        known = {name: value for name, value in fields.items() if name in Declaration.__slots__}
+        if unknown := sorted(set(fields) - set(known)):
+            raise UserError(f"the data set declaration has unknown entries {', '.join(unknown)}; remove them")
+        try:
+            known["actions"], known["positives"] = tuple(fields["actions"]), tuple(fields["positives"])
+            known["tasks"] = {task: tuple(names) for task, names in fields.get("tasks", {}).items()}
+            return Declaration(**known)
+        except KeyError as error:
+            raise UserError(f"the data set declaration has no entry {error.args[0]}; add it") from None
+        except (TypeError, ValueError) as error:
+            raise UserError(f"the data set declaration is not valid: {error}; edit dataset.toml") from None
+
+    def to_toml(self) -> str:
+        """Return the declaration as the text of a small TOML file."""
+        fields = self.to_json()
+        tables = {name: fields.pop(name) for name in ("tasks", "columns")}
+        lines = [f"{name} = {_toml(value)}" for name, value in fields.items()]
+        for table, entries in tables.items():
+            lines += ["", f"[{table}]", *(f"{_toml(key)} = {_toml(value)}" for key, value in entries.items())]
+        return "\n".join(lines) + "\n"
+
+    @staticmethod
+    def from_toml(text: str) -> "Declaration":
+        """Return the declaration written in TOML. Raises UserError if it does not parse or does not hold together."""
+        try:
+            fields = tomllib.loads(text)
+        except tomllib.TOMLDecodeError as error:
+            raise UserError(f"dataset.toml is not valid TOML ({error}); mend it or import the data again") from None
+        return Declaration.from_json(fields)
+
+
+def check_name(name: str) -> str:
+    """Return `name` if it can name a data set (it becomes a folder). Raises UserError otherwise."""
+    if not _NAME.fullmatch(name) or name in _RESERVED:
+        raise UserError(
+            f"{name!r} cannot name a data set: use 1 to 64 lower-case letters, digits, '.', '_' or '-', "
+            f"not starting with a sign, and not {' or '.join(map(repr, _RESERVED))}"
+        )
+    return name
+
+
+def _toml(value: Any) -> str:
+    """Return a string, integer or list of strings in TOML's notation (JSON's, but DEL must be escaped too)."""
+    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")

@@ -1,0 +1,147 @@
+"""The ledger of landed files: what was imported into which data set, when, and how its columns are to be read.
+
+Invariant: an entry (`<sha16>.json`) is written after the file it describes, so what is listed is complete.
+"""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from gr_platform import storage
+from gr_platform.errors import UserError
+from gr_platform.events import catalogue
+from gr_platform.events.declaration import Declaration, check_name
+
+DECLARATION = "dataset.toml"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Entry:
+    """One line of the ledger. sequence counts a data set's files from 0 in the order they were first landed."""
+
+    source_name: str
+    sha256: str
+    landed_sha256: str
+    num_rows: int
+    ingest_date: str
+    sequence: int
+    landed_at_ms: int
+    format: str
+    columns: dict[str, str]
+    time_unit: str
+    actions: list[str]
+    guesses: dict[str, str]
+    schema_version: int = storage.SCHEMA_VERSION
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LandedFile:
+    """A landed log. path: its Parquet (user_id, item_id, action, value, event_ts as found, event_id, source_row).
+
+    reused: the same file with the same meaning was there already. guesses: canonical name -> what was taken for it.
+    """
+
+    dataset: str
+    path: Path
+    sha256: str
+    num_rows: int
+    ingest_date: str
+    reused: bool
+    declaration: Declaration
+    guesses: dict[str, str]
+    entry: Entry
+
+
+def landed_files(home: Path, ds: str) -> list[LandedFile]:
+    """Return the landed files of a data set in the order they came in. Raises UserError if there are none."""
+    declaration = load_declaration(home, ds)
+    folder = home / "landing" / ds
+    return [landed_file(folder, entry, declaration, reused=True) for entry in ledger_entries(folder)]
+
+
+def load_declaration(home: Path, ds: str) -> Declaration:
+    """Return the declaration of an imported data set. Raises UserError if there is no such data set."""
+    path = home / "landing" / check_name(ds) / DECLARATION
+    if not path.is_file():
+        known = sorted(found.parent.name for found in (home / "landing").glob(f"*/{DECLARATION}"))
+        raise UserError(
+            f"there is no data set {ds!r} (imported: {', '.join(known) or 'none'}); run gr import FILE first"
+        )
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise UserError(f"{DECLARATION} of {ds} is not UTF-8 text; mend it or import the data again") from None
+    return Declaration.from_toml(text)
+
+
+def active_dataset(home: Path) -> str:
+    """Return the name of the data set imported last. Raises UserError if nothing was imported."""
+    path = home / "landing" / "active"
+    if not path.is_file():
+        raise UserError("nothing was imported yet; run gr import FILE, or gr demo for simulated data")
+    try:
+        return check_name(path.read_text(encoding="utf-8").strip())
+    except ValueError:
+        raise UserError(
+            "$GR_HOME/landing/active does not name a data set; name one with --dataset, or import a log again"
+        ) from None
+
+
+def titles(home: Path, ds: str) -> dict[int | str, str]:
+    """Return item id (int or str, as declared) -> title, {} where the data set has no catalogue."""
+    declaration = load_declaration(home, ds)
+    texts = catalogue.load_titles(home / "landing" / ds)
+    if declaration.item_id_type == "string":
+        return {item: title for item, title in texts.items()}  # noqa: C416 - dict() would keep the narrower key type
+    return {int(item): title for item, title in texts.items() if item.lstrip("-").isdecimal()}
+
+
+def publish(
+    home: Path, folder: Path, built: Path, entry: Entry, declaration: Declaration, texts: dict[str, str]
+) -> None:
+    """Move a landed file into place; its ledger entry comes after everything it needs."""
+    folder.mkdir(parents=True, exist_ok=True)
+    built.replace(folder / f"{entry.sha256[:16]}.parquet")
+    if texts:
+        catalogue.write_titles(folder, texts)
+    storage.write_text(folder / DECLARATION, declaration.to_toml())
+    storage.write_text(folder / f"{entry.sha256[:16]}.json", json.dumps(asdict(entry), indent=1, sort_keys=True) + "\n")
+    storage.write_text(home / "landing" / "active", declaration.name + "\n")
+
+
+def ledger_entries(folder: Path) -> list[Entry]:
+    """Return the ledger of a data set's landing folder in order, [] if there is none."""
+    entries = []
+    for path in folder.glob("*.json"):
+        damaged = UserError(
+            f"$GR_HOME/landing/{folder.name}/{path.name} is damaged; delete it and import its log again"
+        )
+        try:
+            fields = storage.read_object(path)
+        except ValueError:
+            raise damaged from None
+        if fields.get("schema_version") != storage.SCHEMA_VERSION:
+            raise UserError(
+                f"data set {folder.name} was landed by another release (schema version {fields.get('schema_version')}, "
+                f"this one reads {storage.SCHEMA_VERSION}); import its files again under another --dataset"
+            )
+        try:
+            entries.append(Entry(**fields))
+        except TypeError:
+            raise damaged from None
+    return sorted(entries, key=lambda entry: entry.sequence)
+
+
+def landed_file(folder: Path, entry: Entry, declaration: Declaration, *, reused: bool) -> LandedFile:
+    """Return the landed file that a ledger entry describes."""
+    return LandedFile(
+        dataset=folder.name,
+        path=folder / f"{entry.sha256[:16]}.parquet",
+        sha256=entry.sha256,
+        num_rows=entry.num_rows,
+        ingest_date=entry.ingest_date,
+        reused=reused,
+        declaration=declaration,
+        guesses=entry.guesses,
+        entry=entry,
+    )

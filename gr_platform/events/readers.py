@@ -1,0 +1,181 @@
+"""Log files of any supported format become a SQL relation whose values are untouched.
+
+Invariant: reading is strict. A file is read whole or refused with one sentence; text stays text, so no integer ever
+passes through a float and a bad cell survives until ingest can quarantine it.
+"""
+
+import csv
+import gzip
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import duckdb
+
+from gr_platform.errors import UserError
+from gr_platform.events.database import literal
+
+FORMATS = ("auto", "csv", "jsonl", "parquet", "movielens")
+_SUFFIXES = {
+    "csv": (".csv", ".tsv", ".txt"),
+    "jsonl": (".jsonl", ".ndjson", ".json"),
+    "parquet": (".parquet", ".pq"),
+    "movielens": (".dat",),
+}
+_DAT_COLUMNS = ("user_id", "movie_id", "rating", "timestamp")
+_MAX_HEADER_CHARS = 100_000
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """An opened log: `relation` is a FROM clause with the source's own column names, in file order.
+
+    columns: name -> DuckDB type, VARCHAR for text formats. is_text: values are text (csv, jsonl, MovieLens' .dat).
+    """
+
+    path: Path
+    format: str
+    relation: str
+    columns: dict[str, str]
+    is_text: bool
+
+
+def open_source(connection: duckdb.DuckDBPyConnection, path: Path, format: str = "auto") -> Source:
+    """Return the log at `path`. Raises UserError: no such file, a folder, empty, unknown format, unreadable."""
+    if format not in FORMATS:
+        raise UserError(f"unknown format {format!r}; the formats are {', '.join(FORMATS)}")
+    if path.is_dir():
+        raise UserError(f"{path.name} is a folder; name the log file inside it, for example {path.name}/ratings.dat")
+    if not path.is_file():
+        raise UserError(f"there is no file {path.name}; check the path")
+    if path.stat().st_size == 0:
+        raise UserError(f"{path.name} is empty (0 bytes); give a log with at least one event")
+    kind = _detect(path) if format == "auto" else format
+    opened = _open(connection, path, kind)
+    if format == "auto" and _is_movielens(opened.columns):
+        return replace(opened, format="movielens")
+    return opened
+
+
+def unreadable(path: Path, error: Exception) -> UserError:
+    """Return the one-sentence error for a file that its reader refused."""
+    text = str(error)
+    for shown in (_glob_free(path), str(path.absolute()), str(path)):
+        text = text.replace(shown, path.name)
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    detail = "; ".join(line for line in lines[:3] if not line.startswith(("Original Line", "Possible")))
+    return UserError(f"{path.name} cannot be read: {detail[:300].rstrip('.')}; mend or fetch the file again")
+
+
+def _detect(path: Path) -> str:
+    with path.open("rb") as stream:
+        if stream.read(4) == b"PAR1":
+            return "parquet"
+    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    for kind, suffixes in _SUFFIXES.items():
+        if name.endswith(suffixes):
+            return kind
+    raise UserError(
+        f"the format of {path.name} is unknown; name the file .csv, .tsv, .jsonl, .parquet or .dat (.gz allowed for "
+        "text) or give --format csv, jsonl, parquet or movielens"
+    )
+
+
+def _open(connection: duckdb.DuckDBPyConnection, path: Path, kind: str) -> Source:
+    if kind == "movielens":
+        kind = "dat" if path.name.lower().removesuffix(".gz").endswith(".dat") else _detect(path)
+        return replace(_OPENERS[kind](connection, path), format="movielens")
+    return _OPENERS[kind](connection, path)
+
+
+def _open_parquet(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
+    relation = f"read_parquet({literal(_glob_free(path))})"
+    try:
+        rows = connection.sql(f"DESCRIBE SELECT * FROM {relation}").fetchall()  # noqa: S608
+    except duckdb.Error as error:
+        raise unreadable(path, error) from None
+    return Source(
+        path=path, format="parquet", relation=relation, columns={row[0]: row[1] for row in rows}, is_text=False
+    )
+
+
+def _open_csv(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
+    header = _first_line(path)
+    delimiter = max(",\t;|", key=header.count)
+    names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+    if not names or any(not name for name in names) or len({name.lower() for name in names}) != len(names):
+        raise UserError(
+            f"the first line of {path.name} is not a header of different column names (case does not count); add one, "
+            "for example user_id,item_id,action,timestamp"
+        )
+    return _text_source(path, "csv", names, delimiter, header=True)
+
+
+def _open_dat(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
+    fields = _first_line(path).split("::")
+    if len(fields) != len(_DAT_COLUMNS):
+        raise UserError(
+            f"{path.name} does not look like MovieLens (user::movie::rating::timestamp on each line), its first line "
+            f"has {len(fields)} field(s); give the right --format"
+        )
+    return _text_source(path, "movielens", _DAT_COLUMNS, "::", header=False)
+
+
+def _text_source(path: Path, format: str, names: Sequence[str], delimiter: str, *, header: bool) -> Source:
+    columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in names)
+    quote = "''" if delimiter == "::" else "'\"'"
+    relation = (
+        f"read_csv({literal(_glob_free(path))}, auto_detect=false, header={str(header).lower()}, "
+        f"delim={literal(delimiter)}, quote={quote}, escape={quote}, "
+        f"columns={{{columns}}}, strict_mode=true, null_padding=false, nullstr='')"
+    )
+    return Source(path=path, format=format, relation=relation, columns=dict.fromkeys(names, "VARCHAR"), is_text=True)
+
+
+def _open_jsonl(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
+    if not _first_line(path).lstrip().startswith("{"):
+        raise UserError(f'{path.name} is not JSON lines: each line must be an object such as {{"user_id": 1, ...}}')
+    reader = f"read_json({literal(_glob_free(path))}, format='newline_delimited', records=true"
+    try:
+        rows = connection.sql(f"DESCRIBE SELECT * FROM {reader}, sample_size=10000)").fetchall()  # noqa: S608
+    except duckdb.Error as error:
+        raise unreadable(path, error) from None
+    # The types are guessed from a sample and would send long integers through a float: every value is read as text.
+    columns = ", ".join(f"{literal(row[0])}: 'VARCHAR'" for row in rows)
+    return Source(
+        path=path,
+        format="jsonl",
+        relation=f"{reader}, columns={{{columns}}})",
+        columns=dict.fromkeys((row[0] for row in rows), "VARCHAR"),
+        is_text=True,
+    )
+
+
+_OPENERS = {"parquet": _open_parquet, "csv": _open_csv, "dat": _open_dat, "jsonl": _open_jsonl}
+
+
+def _first_line(path: Path) -> str:
+    """Return the first line as UTF-8 without byte order mark. Raises UserError if the bytes do not decode."""
+    try:
+        with path.open("rb") as raw:
+            stream = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
+            with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
+                line = text.readline(_MAX_HEADER_CHARS).rstrip("\r\n")
+    except (UnicodeDecodeError, OSError, EOFError) as error:
+        raise UserError(
+            f"{path.name} cannot be read as UTF-8 text ({type(error).__name__}); check its format"
+        ) from None
+    if not line.strip():
+        raise UserError(f"the first line of {path.name} is blank; the file must start with its header or first event")
+    return line
+
+
+def _glob_free(path: Path) -> str:
+    """Return the path with DuckDB's wildcard characters bracketed, so that it means this file alone."""
+    return "".join(f"[{c}]" if c in "*?[" else c for c in str(path.absolute()))
+
+
+def _is_movielens(columns: dict[str, str]) -> bool:
+    names = {name.lower().replace("_", "") for name in columns}
+    return {"userid", "movieid", "rating", "timestamp"} <= names

@@ -1,0 +1,94 @@
+"""What a model is and how it is trained, as frozen values; recipes are functions that return them.
+
+Invariant: everything that changes a score stands in `ModelConfig`, which travels in the bundle; everything that changes
+only how weights were found stands in `TrainingConfig`.
+"""
+
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
+
+Kind = Literal["retrieval", "ranking"]
+
+
+def _positive(owner: object, *names: str) -> None:
+    for name in names:
+        value = getattr(owner, name)
+        if value <= 0:
+            raise ValueError(f"{type(owner).__name__}.{name} is {value}, must be positive")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """One HSTU model. Tokens: a start token, then one per event (retrieval) or two (ranking: item, action)."""
+
+    kind: Kind
+    embedding_dim: int
+    num_layers: int
+    num_heads: int
+    qk_dim: int
+    v_dim: int
+    max_events: int
+    chunk: int = 16
+    dropout: float = 0.2
+    absolute_position: bool = True
+    temperature: float = 0.05
+
+    def __post_init__(self) -> None:
+        _positive(
+            self, "embedding_dim", "num_layers", "num_heads", "qk_dim", "v_dim", "max_events", "chunk", "temperature"
+        )
+        if self.kind not in ("retrieval", "ranking"):
+            raise ValueError(f"ModelConfig.kind is {self.kind!r}, must be 'retrieval' or 'ranking'")
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"ModelConfig.dropout is {self.dropout}, must be in [0, 1)")
+        if self.chunk > self.max_events:
+            raise ValueError(f"ModelConfig.chunk is {self.chunk}, must not exceed max_events = {self.max_events}")
+
+    @property
+    def max_seq_len(self) -> int:
+        """Longest sequence in tokens: the start token, the visible history, and the event that is asked about."""
+        return 1 + (self.max_events + 1) * (2 if self.kind == "ranking" else 1)
+
+    @property
+    def attention_divisor(self) -> int:
+        """The constant `N` that attention is divided by: never the length of a batch."""
+        return self.max_seq_len
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainingConfig:
+    """How weights are found. `patience` counts epochs without a better validation metric before stopping."""
+
+    learning_rate: float = 1e-3
+    batch_size: int = 128
+    max_epochs: int = 20
+    patience: int = 2
+    num_negatives: int = 512
+    seed: int = 1
+
+    def __post_init__(self) -> None:
+        _positive(self, "learning_rate", "batch_size", "max_epochs", "patience", "num_negatives")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """A named model with its training: what the registry records and a re-run is recognised by."""
+
+    name: str
+    model: ModelConfig
+    training: TrainingConfig
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the recipe as JSON-able values."""
+        return asdict(self)
+
+    @staticmethod
+    def from_json(fields: dict[str, Any]) -> "Recipe":
+        """Return the recipe that `to_json` wrote."""
+        return Recipe(
+            name=fields["name"], model=ModelConfig(**fields["model"]), training=TrainingConfig(**fields["training"])
+        )
+
+    def with_training(self, **changes: Any) -> "Recipe":
+        """Return the recipe with training fields replaced."""
+        return replace(self, training=replace(self.training, **changes))

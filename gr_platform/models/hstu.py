@@ -1,0 +1,126 @@
+"""The HSTU encoder: jagged for training, incremental over cached K/V for serving, one set of weights.
+
+Invariant: K/V of a token depend on tokens up to it alone, so encoding a sequence at once or in any pieces gives the
+same rows. `N` is a constant of the model.
+
+Legend: L tokens in the batch (or new ones of one user), P past tokens, C candidates, H heads, d embedding_dim.
+Source: PAPER section 2.
+"""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gr_platform.models.config import ModelConfig
+from kernels.hstu_attention import (
+    NUM_TIME_BUCKETS,
+    JaggedTimes,
+    hstu_attention,
+    hstu_attention_cached,
+    hstu_attention_candidates,
+)
+
+NORM_EPS = 1e-6
+
+
+def _norm(x: Tensor) -> Tensor:
+    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+
+
+class HSTULayer(nn.Module):
+    """One layer: X + f2(Norm(A V) * U), with A V = SiLU(Q K^T + rab) V / N."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.num_heads, self.qk_dim, self.v_dim = config.num_heads, config.qk_dim, config.v_dim
+        self.divisor, self.dropout = config.attention_divisor, config.dropout
+        width = 2 * config.num_heads * (config.qk_dim + config.v_dim)
+        self.uvqk = nn.Parameter(torch.empty(config.embedding_dim, width).normal_(std=0.02))
+        self.output = nn.Linear(config.num_heads * config.v_dim, config.embedding_dim)
+        nn.init.xavier_uniform_(self.output.weight)
+        self.pos_weight = nn.Parameter(torch.empty(config.max_seq_len).normal_(std=0.02))
+        self.time_weight = nn.Parameter(torch.empty(NUM_TIME_BUCKETS).normal_(std=0.02))
+
+    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return u [L, H * v_dim], v [L, H, v_dim], q and k [L, H, qk_dim] of x [L, d]."""
+        v_width, qk_width = self.num_heads * self.v_dim, self.num_heads * self.qk_dim
+        u, v, q, k = F.silu(_norm(x) @ self.uvqk).split([v_width, v_width, qk_width, qk_width], dim=-1)
+        by_qk_head, by_v_head = (self.num_heads, self.qk_dim), (self.num_heads, self.v_dim)
+        return u, v.unflatten(-1, by_v_head), q.unflatten(-1, by_qk_head), k.unflatten(-1, by_qk_head)
+
+    def combine(self, x: Tensor, attention: Tensor, u: Tensor) -> Tensor:
+        """Return the layer's output [L, d] from its input, the attention output [L, H, v_dim] and the gate u."""
+        gated = _norm(attention.flatten(1)) * u
+        return x + self.output(F.dropout(gated, self.dropout, self.training))
+
+    def forward(self, x: Tensor, jagged: JaggedTimes) -> Tensor:
+        """Return [L, d] for whole jagged sequences."""
+        u, v, q, k = self.project(x)
+        return self.combine(x, hstu_attention(q, k, v, jagged, self.pos_weight, self.time_weight, self.divisor), u)
+
+    def encode(
+        self, x: Tensor, query_times: Tensor, key_times: Tensor, past_k: Tensor, past_v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows [L, d] of one user's new tokens and their own k, v; past_k, past_v [P, H, dim]."""
+        u, v, q, k = self.project(x)
+        attention = hstu_attention_cached(
+            q,
+            torch.cat([past_k, k]),
+            torch.cat([past_v, v]),
+            query_times,
+            key_times,
+            self.pos_weight,
+            self.time_weight,
+            self.divisor,
+        )
+        return self.combine(x, attention, u), k, v
+
+    def score(self, x: Tensor, request_time: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
+        """Return the rows [C, d] of candidates that see the history and themselves; request_time int64 [1]."""
+        u, v, q, k = self.project(x)
+        attention = hstu_attention_candidates(
+            q, k, v, past_k, past_v, request_time, past_times, self.pos_weight, self.time_weight, self.divisor
+        )
+        return self.combine(x, attention, u)
+
+
+class HSTU(nn.Module):
+    """A stack of layers with dropout on its input."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
+        self.dropout = config.dropout
+
+    def _stack(self) -> list[HSTULayer]:
+        return cast("list[HSTULayer]", list(self.layers))
+
+    def forward(self, x: Tensor, jagged: JaggedTimes) -> Tensor:
+        """Return rows [L, d] of jagged sequences of token vectors x [L, d]."""
+        x = F.dropout(x, self.dropout, self.training)
+        for layer in self._stack():
+            x = layer(x, jagged)
+        return x
+
+    def encode(
+        self, x: Tensor, times: Tensor, query_times: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return rows [L, d], k [layers, L, H, qk_dim], v [layers, L, H, v_dim] of one user's L new tokens.
+
+        x [L, d]; times, query_times int64 [L]; past_times int64 [P]; past_k, past_v [layers, P, H, dim].
+        """
+        key_times = torch.cat([past_times, times])
+        new_k, new_v = [], []
+        for index, layer in enumerate(self._stack()):
+            x, k, v = layer.encode(x, query_times, key_times, past_k[index], past_v[index])
+            new_k.append(k)
+            new_v.append(v)
+        return x, torch.stack(new_k), torch.stack(new_v)
+
+    def score(self, x: Tensor, request_time: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
+        """Return rows [C, d] of candidate token vectors x [C, d] against one user's cached history."""
+        for index, layer in enumerate(self._stack()):
+            x = layer.score(x, request_time, past_times, past_k[index], past_v[index])
+        return x

@@ -1,0 +1,68 @@
+"""Ranking: what a user does with an item, from interleaved item and action tokens in their own time.
+
+Invariant: the prediction for an event is made at its item token, before its action token, so it never sees the answer.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from gr_platform.models.batch import EventBatch
+from gr_platform.models.config import ModelConfig
+from gr_platform.models.embeddings import TokenEmbedding
+from gr_platform.models.hstu import HSTU
+from gr_platform.models.tokens import ITEM
+
+
+class RankingModel(nn.Module):
+    """HSTU over start, item_0, action_0, item_1, action_1, ... with one head per task."""
+
+    def __init__(
+        self, config: ModelConfig, *, num_rows: int, first_item: int, num_actions: int, tasks: list[str]
+    ) -> None:
+        super().__init__()
+        self.config, self.tasks = config, list(tasks)
+        self.embedding = TokenEmbedding(config, num_rows=num_rows, first_item=first_item, num_actions=num_actions)
+        self.encoder = HSTU(config)
+        d = config.embedding_dim
+        self.heads = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, len(tasks)))
+
+    def logits(self, batch: EventBatch) -> Tensor:
+        """Return logits [L, tasks] of every event, in order; row i knows the events before i and item i."""
+        tokens = batch.tokens("ranking")
+        x = self.embedding(tokens.kinds, tokens.items, tokens.actions, tokens.positions)
+        rows = self.encoder(x, tokens.jagged)
+        return self.heads(rows[tokens.kinds == ITEM])
+
+    def loss(self, batch: EventBatch, *, task_masks: list[int]) -> tuple[Tensor, int]:
+        """Return the mean binary cross entropy over events and tasks, and the number of events.
+
+        task_masks: for each task the bitmask of the actions that count; an event without one of them is a negative.
+        """
+        masks = torch.tensor(task_masks, dtype=torch.int64)
+        labels = (batch.actions[:, None] & masks[None, :]) != 0
+        logits = self.logits(batch)
+        if not len(logits):
+            return logits.sum() * 0.0, 0
+        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype)), len(logits)
+
+    @torch.no_grad()
+    def score(self, batch: EventBatch, candidates: Tensor) -> Tensor:
+        """Return probabilities [B, C, tasks] of candidates int64 [B, C], a full forward each: slow, obviously right."""
+        return torch.stack([self._score_user(batch, user, candidates[user]) for user in range(len(batch))])
+
+    def _score_user(self, batch: EventBatch, user: int, candidates: Tensor) -> Tensor:
+        items, actions, times = (torch.from_numpy(part) for part in batch.histories[user])
+        at, nothing = batch.request_times[user : user + 1], torch.zeros(1, dtype=torch.int64)
+        extended = [
+            (
+                torch.cat([items, candidate[None]]).numpy(),
+                torch.cat([actions, nothing]).numpy(),
+                torch.cat([times, at]).numpy(),
+            )
+            for candidate in candidates
+        ]
+        if not extended:
+            return torch.zeros(0, len(self.tasks))
+        full = EventBatch.of(extended, at.expand(len(extended)).numpy())
+        return torch.sigmoid(self.logits(full)[full.offsets[1:] - 1])

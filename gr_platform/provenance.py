@@ -1,0 +1,28 @@
+"""Where a figure or a model comes from: the code's commit and the machine."""
+
+import platform
+import subprocess
+from pathlib import Path
+
+from gr_platform import settings
+
+
+def git_commit() -> str | None:
+    """Return the commit of the code, or None outside a repository."""
+    command = ["git", "rev-parse", "HEAD"]
+    try:
+        done = subprocess.run(command, cwd=settings.PROJECT_ROOT, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return done.stdout.strip()
+
+
+def machine() -> str:
+    """Return the processor, usable cores, compute threads and Python of this machine in one line."""
+    model = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8").splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    threads = f"{settings.num_cores()} cores, {settings.num_threads()} compute threads"
+    return f"{model}, {threads}, Python {platform.python_version()}"

@@ -1,0 +1,199 @@
+"""Runs in MLflow: what was trained, on what, how it learned and how good it is.
+
+Invariant: one finished run per model digest; logging a model again returns the run there is.
+"""
+
+import json
+import logging
+import os
+import tempfile
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from gr_platform import provenance, storage
+from gr_platform.errors import UserError
+from gr_platform.evaluation import plots
+from gr_platform.models.config import Recipe
+
+if TYPE_CHECKING:
+    from mlflow import MlflowClient
+    from mlflow.entities import Metric, Run
+
+log = logging.getLogger(__name__)
+
+RUN_DIGEST = "gr.run_digest"
+EVALUATION_DIGEST = "gr.evaluation_digest"
+SEQUENCES_DIGEST = "gr.sequences_digest"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrackedRun:
+    """An MLflow run of one trained model; `folder` is the run folder it was logged from."""
+
+    kind: str
+    run_id: str
+    folder: Path
+    run_digest: str
+    reused: bool
+
+
+def tracking_uri(home: Path) -> str:
+    """Return the SQLite address of the registry of a state folder."""
+    return f"sqlite:///{home / 'mlflow.db'}"
+
+
+def connect(home: Path) -> "MlflowClient":
+    """Return a client of the registry under `home`, creating its store on first use, with telemetry off."""
+    os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
+    os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
+    os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
+    import mlflow
+
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
+    home.mkdir(parents=True, exist_ok=True)
+    mlflow.set_tracking_uri(tracking_uri(home))
+    return mlflow.MlflowClient()
+
+
+def experiment_id(client: "MlflowClient", home: Path, ds: str) -> str:
+    """Return the id of the data set's experiment, with artifacts under `home/mlartifacts`."""
+    found = client.get_experiment_by_name(ds)
+    if found is not None:
+        return str(found.experiment_id)
+    return str(client.create_experiment(ds, artifact_location=(home / "mlartifacts" / ds).as_uri()))
+
+
+def run_metrics(kind: str, evaluation: Mapping[str, Any]) -> dict[str, float]:
+    """Return the figures of one kind as MLflow names: `test_hr_at_10`, `popularity_hr_at_10`, `test_like_auc`."""
+    if kind == "retrieval":
+        named = {f"test_{k}": v for k, v in evaluation["retrieval"].items()}
+        named |= {f"popularity_{k}": v for k, v in evaluation["popularity"].items()}
+    else:
+        named = {f"test_{task}_{k}": v for task, figures in evaluation["ranking"].items() for k, v in figures.items()}
+    return {name: float(v) for name, v in named.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+
+
+def figures_png(kind: str, evaluation: Mapping[str, Any]) -> bytes:
+    """Return an evaluation's figures of one kind as a small PNG: model against popularity, or task beside task."""
+    if kind == "ranking":
+        return plots.metric_bars(evaluation["ranking"], ["ne", "auc"])
+    models = {"HSTU": evaluation["retrieval"], "popularity": evaluation["popularity"]}
+    return plots.metric_bars(models, ["hr_at_10", "ndcg_at_10", "mrr"])
+
+
+def log_run(home: Path, ds: str, kind: str) -> TrackedRun:
+    """Log the data set's current model of `kind` with its current evaluation and return the run.
+
+    A model that has a run gets no second one; only a newer evaluation's figures are added to it.
+    Raises UserError if the evaluation belongs to another model than the current one.
+    """
+    folder = storage.current(home / "runs" / ds, f"{kind}_model")
+    model, evaluation = storage.read_manifest(folder), _evaluation_of(home, ds, folder)
+    client = connect(home)
+    experiment = experiment_id(client, home, ds)
+    known = find_run(client, experiment, model.digest)
+    tracked = TrackedRun(
+        kind=kind,
+        run_id=known.info.run_id if known else _create_run(client, experiment, ds, folder, model),
+        folder=folder,
+        run_digest=model.digest,
+        reused=known is not None,
+    )
+    if known is None or known.data.tags.get(EVALUATION_DIGEST) != evaluation.digest:
+        _log_evaluation(client, tracked.run_id, kind, evaluation)
+    log.info("event=run_logged dataset=%s kind=%s run=%s reused=%s", ds, kind, tracked.run_id, tracked.reused)
+    return tracked
+
+
+def find_run(client: "MlflowClient", experiment: str, run_digest: str) -> "Run | None":
+    """Return the finished run of a model, or None where it was never logged."""
+    wanted = f"tags.`{RUN_DIGEST}` = '{run_digest}' and attributes.status = 'FINISHED'"
+    found = client.search_runs([experiment], filter_string=wanted, max_results=1)
+    return found[0] if found else None
+
+
+def _evaluation_of(home: Path, ds: str, folder: Path) -> storage.Manifest:
+    evaluation = storage.read_manifest(storage.current(home / "runs" / ds, "evaluation"))
+    digest = storage.read_manifest(folder).digest
+    if digest not in storage.canonical_json(evaluation.spec):
+        raise UserError(
+            f"the current evaluation of {ds} is not of {folder.name}; run gr materialize --select evaluation"
+        )
+    return evaluation
+
+
+def sequences_digest(model: storage.Manifest) -> str:
+    """Return the digest of the sequences a model was trained on, as its run's manifest states it."""
+    return str(model.spec.get("sequences", ""))
+
+
+def _create_run(client: "MlflowClient", experiment: str, ds: str, folder: Path, model: storage.Manifest) -> str:
+    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+
+    recipe = Recipe.from_json(json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
+    kind, sequences = recipe.model.kind, sequences_digest(model)
+    tags = {"gr.dataset": ds, "gr.kind": kind, "gr.recipe": recipe.name, SEQUENCES_DIGEST: sequences}
+    if commit := provenance.git_commit():
+        tags["mlflow.source.git.commit"] = commit
+    run = client.create_run(experiment, run_name=f"{kind}-{recipe.name}-{model.digest[:8]}", tags=tags)
+    run_id = str(run.info.run_id)
+    try:
+        params = [Param(name, str(value)) for name, value in flatten(recipe.to_json()).items()]
+        client.log_batch(run_id, metrics=_curve_metrics(folder), params=params)
+        source = Dataset(name=ds, digest=sequences[:36], source_type="local", source=f'{{"sequences": "{sequences}"}}')
+        client.log_inputs(run_id, [DatasetInput(source, [InputTag("mlflow.data.context", "training")])])
+        _log_pictures(client, run_id, {"learning_curve": plots.learning_curve(_curves(folder))})
+        # The digest goes last: a run that broke half-way is never taken for the model's run.
+        client.set_tag(run_id, RUN_DIGEST, model.digest)
+    except BaseException:
+        client.set_terminated(run_id, status="FAILED")
+        raise
+    client.set_terminated(run_id)
+    return run_id
+
+
+def _log_evaluation(client: "MlflowClient", run_id: str, kind: str, evaluation: storage.Manifest) -> None:
+    from mlflow.entities import Metric
+
+    final = run_metrics(kind, evaluation.facts)
+    now = int(time.time() * 1000)
+    client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in final.items()])
+    _log_pictures(client, run_id, {"figures": figures_png(kind, evaluation.facts)})
+    client.log_dict(run_id, evaluation.facts, "evaluation.json")
+    client.set_tag(run_id, EVALUATION_DIGEST, evaluation.digest)
+
+
+def _curves(folder: Path) -> list[dict[str, Any]]:
+    rows: list[dict[str, Any]] = json.loads((folder / "curves.json").read_text(encoding="utf-8"))
+    return rows
+
+
+def _curve_metrics(folder: Path) -> "list[Metric]":
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    return [
+        Metric(name, float(value), now, int(row.get("epoch", position)))
+        for position, row in enumerate(_curves(folder))
+        for name, value in row.items()
+        if name != "epoch" and isinstance(value, int | float)
+    ]
+
+
+def _log_pictures(client: "MlflowClient", run_id: str, pictures: Mapping[str, bytes]) -> None:
+    with tempfile.TemporaryDirectory() as drawn:
+        for name, png in pictures.items():
+            (Path(drawn) / f"{name}.png").write_bytes(png)
+        client.log_artifacts(run_id, drawn, "plots")
+
+
+def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return nested fields as `outer.inner` names."""
+    flat: dict[str, Any] = {}
+    for name, value in fields.items():
+        flat |= flatten(value, f"{prefix}{name}.") if isinstance(value, Mapping) else {f"{prefix}{name}": value}
+    return flat

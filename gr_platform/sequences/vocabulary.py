@@ -1,0 +1,199 @@
+"""Item ids become dense indices: rows of the embedding table.
+
+Invariant: append-only. An index, once given, means the same item in every later vocabulary of the data set. Rows: 0 is
+padding, 1..NUM_OOV are buckets for unknown ids, items follow in the order in which they were first seen. Reading one
+needs numpy and pyarrow alone: the model server imports this module.
+"""
+
+import hashlib
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from gr_platform import storage
+from gr_platform.errors import UserError
+
+NUM_OOV = 4
+FILE = "vocabulary.parquet"
+
+
+class Vocabulary:
+    """The items of a data set, immutable.
+
+    item_ids: int64 or object (str) [num_items], aligned with index - first_item. counts, first_ts, last_ts int64
+    [num_items]: rows of the log, ms. active: bool [num_rows], False for padding and buckets.
+    """
+
+    def __init__(self, table: pa.Table) -> None:
+        ids = table["item_id"].combine_chunks()
+        self.is_string = not pa.types.is_integer(ids.type)
+        self.item_ids: np.ndarray = ids.to_numpy(zero_copy_only=False)
+        self.counts: np.ndarray = table["count"].to_numpy()
+        self.first_ts: np.ndarray = table["first_ts"].to_numpy()
+        self.last_ts: np.ndarray = table["last_ts"].to_numpy()
+        self.active = np.concatenate([np.zeros(1 + NUM_OOV, bool), table["active"].to_numpy()])
+
+    @staticmethod
+    def load(path: Path) -> "Vocabulary":
+        """Return the vocabulary of a Parquet file, or of the folder that holds it. Raises UserError if unreadable."""
+        file = path / FILE if path.is_dir() else path
+        try:
+            return Vocabulary(pq.read_table(file))
+        except (OSError, pa.ArrowInvalid, KeyError) as error:
+            raise UserError(
+                f"{file.name} cannot be read as a vocabulary ({type(error).__name__}); make it again"
+            ) from None
+
+    @property
+    def num_items(self) -> int:
+        """Number of known items."""
+        return len(self.item_ids)
+
+    @property
+    def first_item(self) -> int:
+        """Index of the first item: padding and buckets lie before it."""
+        return 1 + NUM_OOV
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of an embedding table: padding, buckets and items."""
+        return self.first_item + self.num_items
+
+    @cached_property
+    def digest(self) -> str:
+        """Hex BLAKE2b-160 over id type, bucket count and ids in order: what an index means."""
+        state = hashlib.blake2b(f"{'string' if self.is_string else 'int64'},{NUM_OOV}".encode(), digest_size=20)
+        if self.is_string:
+            for item in self.item_ids:
+                data = item.encode()
+                state.update(len(data).to_bytes(8, "little") + data)
+        else:
+            state.update(self.item_ids.astype("<i8").tobytes())
+        return state.hexdigest()
+
+    def lookup(self, ids: Any) -> np.ndarray:
+        """Return int64 indices of item ids (any array-like of int, or of str or UTF-8 bytes); unknown ids get a bucket.
+
+        The bucket is a stable hash of the id, so an unknown item has the same row in training and in serving. Raises
+        ValueError for ids of the wrong type.
+        """
+        if self.is_string:
+            return self._lookup_strings(np.asarray(ids, dtype=object).reshape(-1))
+        wanted = np.asarray(ids)
+        if wanted.size and wanted.dtype.kind not in "iu":
+            raise ValueError(f"item ids have type {wanted.dtype}, this data set's are int64")
+        wanted = wanted.astype(np.int64).reshape(-1)
+        sorted_ids, order = self._sorted
+        if not len(sorted_ids):
+            return np.array([_bucket(int(item)) for item in wanted], np.int64)
+        at = np.minimum(np.searchsorted(sorted_ids, wanted), len(sorted_ids) - 1)
+        indices = order[at] + self.first_item
+        for position in np.flatnonzero(sorted_ids[at] != wanted):
+            indices[position] = _bucket(int(wanted[position]))
+        return indices
+
+    def ids(self, indices: Any) -> np.ndarray:
+        """Return the item ids (int64, or object str) of dense indices. Raises ValueError for one that is no item."""
+        dense = np.asarray(indices, np.int64)
+        if dense.size and (dense.min() < self.first_item or dense.max() >= self.num_rows):
+            raise ValueError(f"indices must lie in {self.first_item}..{self.num_rows - 1} to have an item id")
+        return self.item_ids[dense - self.first_item]
+
+    @cached_property
+    def _sorted(self) -> tuple[np.ndarray, np.ndarray]:
+        order = np.argsort(self.item_ids, kind="stable").astype(np.int64)
+        return self.item_ids[order], order
+
+    @cached_property
+    def _index_of(self) -> dict[str, int]:
+        return {item: self.first_item + i for i, item in enumerate(self.item_ids)}
+
+    def _lookup_strings(self, ids: np.ndarray) -> np.ndarray:
+        known, found = self._index_of, np.empty(len(ids), np.int64)
+        for position, item in enumerate(ids):
+            text = item.decode("utf-8", "replace") if isinstance(item, bytes) else item
+            if not isinstance(text, str):
+                raise ValueError(f"item id {position} has type {type(item).__name__}, this data set's are strings")
+            found[position] = known.get(text) or _bucket(text)
+        return found
+
+
+def _bucket(item: int | str) -> int:
+    """Return the out-of-vocabulary row 1..NUM_OOV of an id: its decimal or own text, hashed."""
+    return 1 + int.from_bytes(hashlib.blake2b(str(item).encode(), digest_size=8).digest(), "little") % NUM_OOV
+
+
+def build_vocabulary(home: Path, ds: str) -> storage.Result:
+    """Return the vocabulary of all ingested events, appended to the data set's current one, and make it current.
+
+    New items follow in the order (landed file, first event_ts, id), so building it file by file equals one build.
+    """
+    from gr_platform.events.ingest import clean_events
+
+    events = clean_events(home, ds)
+    parent = home / "sequences" / ds
+    base = _current(parent)
+    if base is not None and base.manifest.spec["events"] == events.digest:
+        return base
+    table = _item_table(events.query(_ITEMS), Vocabulary.load(base.folder) if base else None)
+    vocabulary = Vocabulary(table)
+
+    def build(folder: Path) -> dict[str, Any]:
+        pq.write_table(table, folder / FILE, compression="zstd")
+        return {
+            "num_items": vocabulary.num_items,
+            "num_rows": vocabulary.num_rows,
+            "num_new": vocabulary.num_items - (base.manifest.facts["num_items"] if base else 0),
+            "num_inactive": vocabulary.num_items - int(vocabulary.active.sum()),
+            "vocabulary_digest": vocabulary.digest,
+        }
+
+    spec = {"events": events.digest, "num_oov": NUM_OOV, "ids": vocabulary.digest}
+    result = storage.ensure(parent, "vocabulary", spec, build)
+    storage.point(parent, "vocabulary", result.folder)
+    return result
+
+
+_ITEMS = """
+    SELECT item_id, sum(num_events)::BIGINT AS count, min(first_ts) AS first_ts, max(last_ts) AS last_ts, true AS active
+    FROM (
+        SELECT item_id, source_file, count(*) AS num_events, min(event_ts) AS first_ts, max(event_ts) AS last_ts
+        FROM events GROUP BY item_id, source_file
+    )
+    GROUP BY item_id
+    ORDER BY min(source_file), arg_min(first_ts, source_file), item_id
+"""
+
+
+def _current(parent: Path) -> storage.Result | None:
+    if not (parent / "vocabulary.current").exists():
+        return None
+    folder = storage.current(parent, "vocabulary")
+    return storage.Result(folder=folder, manifest=storage.read_manifest(folder, verify=True), reused=True)
+
+
+def _item_table(seen: pa.Table, base: Vocabulary | None) -> pa.Table:
+    """Return `seen` (items of the events, in order of appearance) behind all items of `base`, which keep their order.
+
+    An item of the base that the events hold no more stays, inactive and with count 0.
+    """
+    if base is None or base.num_items == 0:
+        return seen
+    id_type = seen["item_id"].type
+    kept = pa.array(base.item_ids, id_type)
+    position = pc.index_in(kept, seen["item_id"].combine_chunks())
+    gone = position.is_null()
+    old = {
+        "item_id": kept,
+        "count": pc.fill_null(seen["count"].take(position), 0),
+        "first_ts": pc.if_else(gone, pa.array(base.first_ts), seen["first_ts"].take(position)),
+        "last_ts": pc.if_else(gone, pa.array(base.last_ts), seen["last_ts"].take(position)),
+        "active": pc.invert(gone),
+    }
+    fresh = seen.filter(pc.invert(pc.is_in(seen["item_id"], kept)))
+    return pa.concat_tables([pa.table(old, schema=seen.schema), fresh]).combine_chunks()

@@ -1,0 +1,16 @@
+"""Which events of a long history are visible: one rule for training, evaluation and serving.
+
+Invariant: the start moves in chunks, so an appended event leaves the cached prefix untouched except once in `chunk`
+events (DESIGN: at the maximum length). `chunk = 1` is the sliding window of the paper.
+"""
+
+
+def window_start(num_events: int, max_events: int, chunk: int) -> int:
+    """Return the index of the first visible event of a history of `num_events`.
+
+    0 while the history fits, then `chunk * ceil((num_events - max_events) / chunk)`; between `max_events - chunk + 1`
+    and `max_events` events stay visible.
+    """
+    if num_events <= max_events:
+        return 0
+    return chunk * -(-(num_events - max_events) // chunk)

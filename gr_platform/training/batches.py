@@ -1,0 +1,51 @@
+"""Which users and which of their events a step sees.
+
+Invariant: order and membership of an epoch's batches are a function of (seed, epoch) alone, and a batch never holds an
+event at or after its user's `end`.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from gr_platform.models.batch import EventBatch, History
+from gr_platform.models.config import ModelConfig
+from gr_platform.sequences.dataset import SequenceDataset
+from gr_platform.sequences.window import window_start
+from gr_platform.training.seeds import generator
+
+
+def shuffled_batches(rows: np.ndarray, batch_size: int, *, seed: int, epoch: int) -> Iterator[np.ndarray]:
+    """Yield every one of `rows` once, in batches of `batch_size` (the last may be smaller)."""
+    order = generator(seed, "shuffle", epoch).permutation(rows)
+    for begin in range(0, len(order), batch_size):
+        yield order[begin : begin + batch_size]
+
+
+def visible_history(dataset: SequenceDataset, row: int, end: int, config: ModelConfig, *, also: int = 0) -> History:
+    """Return (items, actions, times) of the visible part of the user's first `end` exposures, and of `also` more."""
+    base = int(dataset.offsets[row])
+    window = slice(base + window_start(end, config.max_events, config.chunk), base + end + also)
+    return dataset.items[window], dataset.actions[window], dataset.times[window]
+
+
+def training_batch(dataset: SequenceDataset, rows: np.ndarray, ends: np.ndarray, config: ModelConfig) -> EventBatch:
+    """Return the visible part of exposures 0..ends-1 of users `rows`, each looking from its own last event.
+
+    rows, ends: int64 [B]; every end is 1 or more. The last token has no target, so its request time changes no loss.
+    """
+    histories = [visible_history(dataset, int(row), int(end), config) for row, end in zip(rows, ends, strict=True)]
+    return EventBatch.of(histories, [int(times[-1]) for _, _, times in histories])
+
+
+def request_batch(
+    dataset: SequenceDataset, rows: np.ndarray, positions: np.ndarray, config: ModelConfig, *, with_target: bool = False
+) -> EventBatch:
+    """Return what a server would know when users `rows` meet their exposure at `positions`: all exposures before it.
+
+    The request time is that exposure's own. `with_target` appends the exposure itself as the last event: for ranking,
+    whose item token sees neither its own action nor anything later.
+    """
+    pairs = [(int(row), int(position)) for row, position in zip(rows, positions, strict=True)]
+    histories = [visible_history(dataset, row, position, config, also=int(with_target)) for row, position in pairs]
+    return EventBatch.of(histories, [int(dataset.times[int(dataset.offsets[row]) + at]) for row, at in pairs])

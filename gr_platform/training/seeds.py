@@ -1,0 +1,18 @@
+"""Randomness as a function of what it is for: no generator's state has to be stored to resume a run.
+
+Invariant: two streams with different names or indices are independent; the same ones are equal in every process.
+"""
+
+import zlib
+
+import numpy as np
+
+
+def generator(seed: int, stream: str, *indices: int) -> np.random.Generator:
+    """Return a fresh generator for `stream` (what is drawn) at `indices` (epoch or step)."""
+    return np.random.default_rng([seed, zlib.crc32(stream.encode()), *indices])
+
+
+def torch_seed(seed: int, stream: str, *indices: int) -> int:
+    """Return a seed in [0, 2**63) for torch's own generator, which draws dropout masks and initial weights."""
+    return int(generator(seed, stream, *indices).integers(2**63))

@@ -1,0 +1,157 @@
+"""A started model server as a value that any process can pick up from `serving/server.json`.
+
+Invariant: a handle acts on its own instance only: its pid with its start time, and what carries its random name.
+"""
+
+import json
+import re
+import shutil
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import psutil
+import tritonclient.grpc as grpcclient
+
+from gr_platform.errors import UserError
+
+LOG = "logs/tritonserver.log"
+_SHARED_MEMORY = Path("/dev/shm")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerHandle:
+    """A model server: where it listens and what identifies it. `admin_key` opens model control; keep it private."""
+
+    home: Path
+    pid: int
+    create_time: float
+    instance: str
+    grpc_address: str
+    http_address: str
+    metrics_address: str
+    admin_key: str
+
+    @property
+    def backend_folder(self) -> Path:
+        """The private folder of links to the server's backends."""
+        return self.home / "serving" / f"backends-{self.instance}"
+
+    @property
+    def admin_headers(self) -> dict[str, str]:
+        """The gRPC headers that restricted calls need."""
+        return {"triton-grpc-protocol-admin-key": self.admin_key}
+
+    @property
+    def alive(self) -> bool:
+        """Whether this very process still runs."""
+        return _process(self) is not None
+
+    def with_process(self, pid: int) -> "ServerHandle":
+        """Return the handle with a process just started."""
+        return replace(self, pid=pid, create_time=psutil.Process(pid).create_time())
+
+    def to_json(self) -> str:
+        """Return the text of server.json."""
+        fields = asdict(self)
+        del fields["home"]
+        return json.dumps(fields, indent=1) + "\n"
+
+    def is_ready(self, models: tuple[str, ...] = ()) -> bool:
+        """Return whether the server answers and has these models ready."""
+        try:
+            with grpcclient.InferenceServerClient(self.grpc_address) as client:
+                return client.is_server_ready(client_timeout=2) and all(
+                    client.is_model_ready(model, client_timeout=2) for model in models
+                )
+        except grpcclient.InferenceServerException:
+            return False
+
+    def stop(self, grace_s: float = 20.0) -> None:
+        """Stop the server: SIGTERM, after `grace_s` SIGKILL, then remove what it left. Does nothing if it is gone."""
+        if (process := _process(self)) is not None:
+            process.terminate()
+            if not _gone(process, grace_s):
+                process.kill()
+                _gone(process, 5.0)
+        remove_leftovers(self.home, self)
+
+
+def record_path(home: Path) -> Path:
+    """Return where the running server of a state folder is written down."""
+    return home / "serving" / "server.json"
+
+
+def read_record(home: Path) -> ServerHandle | None:
+    """Return the server written down, running or not; None if there is none."""
+    try:
+        return ServerHandle(home=home, **json.loads(record_path(home).read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return None
+    except (ValueError, TypeError):
+        raise UserError("$GR_HOME/serving/server.json is damaged; delete it") from None
+
+
+def attach(home: Path) -> ServerHandle | None:
+    """Return the running server of a state folder, or None."""
+    handle = read_record(home)
+    return handle if handle is not None and handle.alive else None
+
+
+def remove_leftovers(home: Path, handle: ServerHandle) -> None:
+    """End the stubs of a stopped server and remove its shared memory, its backend folder and its record."""
+    for process in psutil.process_iter(["cmdline"]):
+        if any(handle.instance in argument for argument in process.info["cmdline"] or ()):
+            try:
+                process.kill()
+                _gone(process, 5.0)
+            except psutil.NoSuchProcess:
+                pass
+    for file in _SHARED_MEMORY.glob(f"{handle.instance}*"):
+        file.unlink(missing_ok=True)
+    shutil.rmtree(handle.backend_folder, ignore_errors=True)
+    recorded = read_record(home)
+    if recorded is not None and recorded.instance == handle.instance:
+        record_path(home).unlink(missing_ok=True)
+
+
+def last_useful_line(text: str) -> str | None:
+    """Return why a model or the server failed, out of its log or error text, without paths; None if it does not say."""
+    patterns = (
+        r"failed to load '\w+' version \d+: \w+: (?:\w*(?:Error|Exception): )?([^\n\"]+)",
+        r"UNAVAILABLE(?: state)?: \w+: (?:\w*(?:Error|Exception): )?([^\n\"]+)",
+        r"\nerror: creating server: [\w ]+ - ([^\n]+)",
+        r"\nE\d{4} [^\]]*\] \"?([^\n\"]+)",
+    )
+    # The log writes a message's line ends as two characters.
+    text = "\n" + text.replace("\\n", "\n")
+    for pattern in patterns:
+        if found := re.findall(pattern, text):
+            return re.sub(r"(?<!\w)/\S*/", "", found[-1]).strip().rstrip(".;")
+    return None
+
+
+def _process(handle: ServerHandle) -> psutil.Process | None:
+    """Return the handle's process if it runs; a zombie has stopped."""
+    try:
+        process = psutil.Process(handle.pid)
+        same = abs(process.create_time() - handle.create_time) < 1.0
+        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
+    except psutil.NoSuchProcess:
+        return None
+
+
+def _gone(process: psutil.Process, timeout_s: float) -> bool:
+    """Return whether the process ends in time; reaps it if it is a child of ours."""
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        try:
+            process.wait(timeout=0.1)
+            return True
+        except psutil.TimeoutExpired:
+            try:
+                if process.status() == psutil.STATUS_ZOMBIE:
+                    return True
+            except psutil.NoSuchProcess:
+                return True
+    return False

@@ -1,0 +1,168 @@
+"""The whole job on a small log: what it leaves behind, what it reuses, what its checks catch."""
+
+import shutil
+from pathlib import Path
+
+import dagster as dg
+import pytest
+
+from assets import checks
+from assets.resources import Platform
+from gr_platform import deploy, storage
+from gr_platform.commands import pipeline
+from gr_platform.errors import UserError
+from gr_platform.registry import promotion, tracking, versions
+
+ASSETS = [
+    "bundle",
+    "deployment",
+    "evaluation",
+    "events",
+    "item_vocabulary",
+    "ranking_model",
+    "registration",
+    "retrieval_model",
+    "sequences",
+]
+DS = "simulated"
+
+
+@pytest.fixture
+def home(pipeline_home: Path, tmp_path: Path) -> Path:
+    """A copy of the finished pipeline that a test may change."""
+    copy = tmp_path / "home"
+    shutil.copytree(pipeline_home, copy, symlinks=True)
+    return copy
+
+
+def _platform(home: Path) -> Platform:
+    return Platform(home=str(home), dataset=DS)
+
+
+def test_every_asset_is_materialised_on_the_instance_with_its_digest_and_figures(pipeline_home: Path) -> None:
+    with dg.DagsterInstance.from_config(str(pipeline_home / "dagster_home")) as instance:
+        for name in ASSETS:
+            event = instance.get_latest_materialization_event(dg.AssetKey(name))
+            assert event is not None, name
+            materialization = event.asset_materialization
+            assert materialization is not None
+            metadata = materialization.metadata
+            assert metadata["digest"].value
+            assert metadata["reused"].value is False
+            for entry in metadata.values():
+                assert len(str(entry.value)) < 80_000
+        assert len(instance.get_run_records()) == 1
+
+
+def test_the_deployed_pair_is_champion_and_in_the_model_repository(pipeline_home: Path) -> None:
+    champions = promotion.champions(pipeline_home, DS)
+    assert {kind: v.version for kind, v in champions.items()} == {"retrieval": "1", "ranking": "1"}
+    for kind, version in champions.items():
+        folder = deploy.bundle_of(pipeline_home, DS, kind, version)
+        served = pipeline_home / "model_repository" / f"gr_{'retriever' if kind == 'retrieval' else 'ranker'}"
+        digest = storage.read_manifest(folder).digest
+        assert storage.read_manifest(served / "1" / "bundle").digest == digest
+
+
+def test_a_second_run_reuses_every_stage(home: Path) -> None:
+    # The fixture's recipe is patched in for its own run only, so training stages are left out.
+    finished = pipeline.materialize(
+        home,
+        home / "dagster_home",
+        select=["events", "item_vocabulary", "sequences", "evaluation", "registration", "bundle", "deployment"],
+    )
+    assert {name for name, stage in finished.items() if not stage["reused"]} == set()
+
+
+def test_a_champion_loads_from_the_registry_without_pickle_and_gives_the_bundles_scores(pipeline_home: Path) -> None:
+    import mlflow
+    import numpy as np
+    import pandas as pd
+
+    from gr_platform.bundle.golden import load as load_golden
+    from gr_platform.bundle.load import load
+
+    tracking.connect(pipeline_home)
+    for kind in versions.KINDS:
+        model = mlflow.pyfunc.load_model(f"models:/{versions.model_name(DS, kind)}@champion")
+        champion = promotion.champions(pipeline_home, DS)[kind]
+        bundle = load(deploy.bundle_of(pipeline_home, DS, kind, champion))
+        request, expected = load_golden(bundle.folder / "golden.safetensors")[-1]
+        row = {
+            "history_items": bundle.vocabulary.ids(request.items).tolist(),
+            "history_actions": request.actions.tolist(),
+            "history_times": request.times.tolist(),
+            "request_time": request.request_time,
+            "candidates": bundle.vocabulary.ids(request.candidates).tolist(),
+        }
+        assert {"history_items", "history_actions", "history_times"} < set(
+            model.metadata.get_input_schema().input_names()
+        )
+        answer = model.predict(pd.DataFrame([row]))[0]
+        if kind == "ranking":
+            np.testing.assert_allclose(answer, expected, rtol=1e-5, atol=1e-6)
+        else:
+            assert len(answer) == 10
+            assert set(answer) <= set(bundle.vocabulary.item_ids.tolist())
+
+
+def test_no_registered_artifact_is_a_pickle(pipeline_home: Path) -> None:
+    files = [path for path in (pipeline_home / "mlartifacts").rglob("*") if path.is_file()]
+    assert any(path.suffix == ".safetensors" for path in files)
+    assert not [path for path in files if path.suffix in (".pkl", ".pickle", ".joblib", ".pt", ".pth")]
+
+
+def test_a_broken_bundle_is_stopped_before_deployment(home: Path) -> None:
+    from safetensors.numpy import load_file, save_file
+
+    folder = storage.current(home / "bundles" / DS, "ranking")
+    tensors = load_file(folder / "golden.safetensors")
+    save_file({k: v + 0.5 if v.dtype.kind == "f" else v for k, v in tensors.items()}, folder / "golden.safetensors")
+    manifest = storage.read_manifest(folder)
+    storage.write_manifest(folder, kind=manifest.kind, spec=manifest.spec, facts=manifest.facts)
+    before = (home / "model_repository").readlink()
+    with pytest.raises(UserError, match=r"bundle parity .*ranking differs"):
+        pipeline.materialize(home, home / "dagster_home", select=["bundle", "deployment"])
+    assert (home / "model_repository").readlink() == before
+
+
+def test_nan_weights_stop_the_pipeline(home: Path) -> None:
+    import numpy as np
+    from safetensors.numpy import load_file, save_file
+
+    folder = storage.current(home / "runs" / DS, "retrieval_model")
+    weights = load_file(folder / "model.safetensors")
+    name = next(iter(weights))
+    save_file(weights | {name: np.full_like(weights[name], np.nan)}, folder / "model.safetensors")
+    result = checks.retrieval_finite_weights(_platform(home))
+    assert not result.passed
+    assert name in (result.description or "")
+
+
+def test_lost_rows_break_conservation(home: Path) -> None:
+    import pyarrow.parquet as pq
+
+    file = next((home / "events" / DS).rglob("events-*.parquet"))
+    pq.write_table(pq.read_table(file).slice(1), file)
+    assert not checks.events_conservation(_platform(home)).passed
+
+
+def test_an_undeclared_action_breaks_the_schema(home: Path) -> None:
+    toml = home / "landing" / DS / "dataset.toml"
+    toml.write_text(toml.read_text().replace('"purchase"', '"return"'))
+    result = checks.events_schema(_platform(home))
+    assert "action 'purchase' is not declared" in (result.description or "")
+
+
+def test_failing_user_input_is_one_sentence_and_changes_nothing(home: Path) -> None:
+    with pytest.raises(UserError, match="unknown recipe 'huge'"):
+        pipeline.materialize(home, home / "dagster_home", recipe="huge", select=["retrieval_model"])
+    with pytest.raises(UserError, match="there is no asset nonsense"):
+        pipeline.materialize(home, home / "dagster_home", select=["nonsense"])
+    assert storage.current(home / "runs" / DS, "retrieval_model").is_dir()
+
+
+def test_a_pair_without_a_bundle_is_refused_by_name(home: Path) -> None:
+    shutil.rmtree(storage.current(home / "bundles" / DS, "ranking"))
+    with pytest.raises(UserError, match="simulated-ranking version 1 has no bundle"):
+        deploy.deploy(home, DS)

@@ -1,0 +1,81 @@
+"""A bundle says what its model said, and a damaged one is refused."""
+
+import shutil
+
+import numpy as np
+import pytest
+
+from gr_platform.bundle import export
+from gr_platform.bundle.compute import concat_kv
+from gr_platform.bundle.load import load
+from gr_platform.bundle.verify import parity
+from gr_platform.errors import UserError
+from gr_platform.models.tokens import ranking_tokens
+
+NUM_ITEMS = 200
+
+
+@pytest.fixture(scope="module", params=["retrieval", "ranking"])
+def bundle_folder(request, tmp_path_factory, random_bundle):
+    return random_bundle(tmp_path_factory.mktemp("bundle") / request.param, request.param, num_items=NUM_ITEMS)
+
+
+def test_onnx_scores_equal_the_offline_model(bundle_folder):
+    result = parity(load(bundle_folder))
+    assert result.num_requests == 6
+    assert result.max_abs_reference > 1e-3
+    assert result.ok, result
+
+
+def test_parity_sees_a_wrong_model(bundle_folder):
+    bundle = load(bundle_folder)
+
+    class Shifted:
+        def __init__(self, inner):
+            self.inner, self.empty = inner, inner.empty
+
+        def encode(self, tokens, past):
+            rows, kv = self.inner.encode(tokens, past)
+            return rows + 1e-3 * np.arange(rows.shape[1]), kv
+
+        def score(self, *args):
+            return self.inner.score(*args) + 1e-4
+
+    assert not parity(bundle, Shifted(bundle.compute())).ok
+
+
+@pytest.mark.parametrize("sizes", [(0, 1), (1, 0), (1, 1), (2, 16), (16, 2)])
+def test_the_graph_takes_past_and_new_lengths_from_zero(bundle_folder, sizes):
+    compute = load(bundle_folder).compute()
+    rng = np.random.default_rng(0)
+    history = (rng.integers(5, 205, 40), np.ones(40, np.int64), np.arange(40) * 1000 + 10**12)
+    tokens = ranking_tokens(*history, 10**13)
+    past_length, new_length = sizes
+    _, past = compute.encode(tokens.slice(0, past_length), compute.empty())
+    rows, new = compute.encode(tokens.slice(past_length, past_length + new_length), past)
+    whole_rows, whole = compute.encode(tokens.slice(0, past_length + new_length), compute.empty())
+    assert rows.shape[0] == new_length == len(new)
+    np.testing.assert_allclose(concat_kv([past, new]).k, whole.k, atol=1e-5 * max(1.0, float(np.abs(whole.k).max())))
+    np.testing.assert_allclose(rows, whole_rows[past_length:], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "encode.onnx", "vocabulary.parquet", "golden.safetensors"])
+def test_a_flipped_byte_or_missing_file_is_refused_by_name(bundle_folder, tmp_path, name):
+    damaged = shutil.copytree(bundle_folder, tmp_path / "damaged")
+    content = bytearray((damaged / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (damaged / name).write_bytes(content)
+    with pytest.raises(UserError, match=f"{name} is corrupt"):
+        load(damaged)
+    (damaged / name).unlink()
+    with pytest.raises(UserError, match=f"{name} is missing"):
+        load(damaged)
+
+
+def test_the_model_digest_changes_with_weights_and_not_with_metrics(tmp_path, random_bundle, monkeypatch):
+    # The graphs take seconds to export and have no part in the digest: an empty file stands for them.
+    monkeypatch.setattr(export, "write_graphs", lambda model, folder: (folder / "encode.onnx").touch())
+    first = load(random_bundle(tmp_path / "a", "retrieval"))
+    same = load(random_bundle(tmp_path / "b", "retrieval", metrics={"hr_at_10": 0.9}))
+    other = load(random_bundle(tmp_path / "c", "retrieval", seed=5))
+    assert first.digest == same.digest != other.digest

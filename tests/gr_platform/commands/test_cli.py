@@ -1,0 +1,195 @@
+"""The command line: every command explains itself, every mistake ends in one sentence and status 2."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from gr_platform import cli, settings
+from gr_platform.commands import demo, display
+from gr_platform.commands.query import Listed, UserAnswer
+from gr_platform.errors import UserError
+
+COMMANDS = {
+    *("demo", "import", "simulate", "materialize", "serve", "up", "down", "status", "doctor", "recommend", "score"),
+    "bench",
+}
+HEAVY = ("torch", "mlflow", "dagster", "duckdb", "numpy")
+
+
+def _gr(home: Path, *arguments: str) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "gr_platform.cli", *arguments],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        check=False,
+        env=os.environ | {"GR_HOME": str(home), "COLUMNS": "200"},
+    )
+
+
+def _one_sentence(done: "subprocess.CompletedProcess[str]") -> str:
+    assert done.returncode == 2, done.stderr
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    assert "Traceback" not in done.stderr
+    return done.stderr
+
+
+def test_the_commands_are_these_and_each_has_an_example() -> None:
+    names = {info.name or (info.callback.__name__ if info.callback else "") for info in cli.app.registered_commands}
+    assert names == COMMANDS
+    for command in ("demo", "import", "simulate", "materialize", "serve", "up", "recommend", "score", "bench"):
+        shown = CliRunner().invoke(cli.app, [command, "--help"])
+        assert shown.exit_code == 0
+        assert "Example" in shown.output, command
+
+
+def test_help_loads_no_library() -> None:
+    code = f"import sys, gr_platform.cli; print([m for m in {HEAVY!r} if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=30)
+    assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        (("materialize",), "nothing was imported yet"),
+        (("import", "no_such_file.csv"), "no_such_file.csv"),
+        (("recommend", "--user", "1"), "no model server runs"),
+        (("score", "--user", "1", "--items", "1,2"), "no model server runs"),
+        (("bench", "nonsense"), "there is no benchmark 'nonsense'"),
+        (("simulate", "log.parquet", "--num-events", "5"), "at least 2000 events"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_status_2(tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
+    assert expected in _one_sentence(_gr(tmp_path / "home", *arguments))
+
+
+@pytest.mark.parametrize("option", ["--grpc-port", "--dagster-port"])
+def test_a_port_that_is_none_is_refused(tmp_path: Path, option: str) -> None:
+    done = _gr(tmp_path / "home", "up", option, "99999")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "65535" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (
+            OSError(errno.ENOSPC, "No space left on device", "/somewhere/private/file"),
+            "disk of the state folder is full",
+        ),
+        (OSError(errno.EROFS, "Read-only file system", "/somewhere/private/file"), "file cannot be opened or written"),
+        (RuntimeError("sqlite3: database or disk is full"), "disk of the state folder is full"),
+    ],
+)
+def test_what_the_system_refuses_is_one_sentence_without_paths(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    error: Exception,
+    expected: str,
+) -> None:
+    def fail() -> None:
+        raise RuntimeError("a stage failed") from error
+
+    monkeypatch.setenv("GR_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(SystemExit) as end:
+        cli.main()
+    shown = capsys.readouterr().err
+    assert end.value.code == 2
+    assert expected in shown
+    assert "/somewhere" not in shown
+    assert len(shown.strip().splitlines()) == 1
+
+
+def test_a_defect_of_ours_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail() -> None:
+        raise KeyError("defect")
+
+    monkeypatch.setenv("GR_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(cli, "app", fail)
+    with pytest.raises(KeyError, match="defect"):
+        cli.main()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_pipeline_says_so_in_one_sentence(tmp_path: Path, number: signal.Signals) -> None:
+    home = tmp_path / "home"
+    assert _gr(home, "simulate", str(tmp_path / "log.parquet"), "--num-events", "5000").returncode == 0
+    assert _gr(home, "import", str(tmp_path / "log.parquet")).returncode == 0
+    running = subprocess.Popen(
+        [sys.executable, "-m", "gr_platform.cli", "materialize", "--recipe", "tiny"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"GR_HOME": str(home), "COLUMNS": "200", "GR_THREADS": "1"},
+    )
+    assert running.stdout is not None
+    for line in running.stdout:
+        if "sequences" in line:
+            break
+    running.send_signal(number)
+    _, shown = running.communicate(timeout=60)
+    assert running.returncode == cli.INTERRUPTED
+    assert "Traceback" not in shown
+    assert shown.strip().splitlines()[-1].startswith("stopped: what was finished is kept")
+
+
+@pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5"])
+def test_a_number_of_threads_that_is_none_is_one_sentence(monkeypatch: pytest.MonkeyPatch, value: str) -> None:
+    monkeypatch.setenv("GR_THREADS", value)
+    with pytest.raises(UserError, match="GR_THREADS is"):
+        settings.num_threads()
+
+
+def test_a_log_is_imported_and_then_seen_by_status(tmp_path: Path) -> None:
+    log = tmp_path / "shop.csv"
+    rows = [f"{user},{item},view,{1_700_000_000 + user * 60 + item}" for user in range(20) for item in range(5)]
+    log.write_text("user_id,item_id,action,timestamp\n" + "\n".join(rows) + "\n")
+    done = _gr(tmp_path / "home", "import", str(log))
+    assert done.returncode == 0, done.stderr
+    assert "100 rows in data set shop" in done.stdout
+    assert "understood as" in done.stdout
+    status = _gr(tmp_path / "home", "status")
+    assert "data set shop (active)" in status.stdout
+    assert "model server  not running" in status.stdout
+    assert "nothing was running" in _gr(tmp_path / "home", "down").stdout
+
+
+def test_a_state_folder_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    assert "set GR_HOME" in _one_sentence(_gr(tmp_path / "file" / "home", "status"))
+
+
+def test_a_log_file_that_cannot_be_opened_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "logs" / "gr.log").mkdir(parents=True)
+    assert "cannot write to the state folder" in _one_sentence(_gr(tmp_path, "status"))
+
+
+def test_an_answer_is_shown_with_titles_only_where_there_are_any() -> None:
+    from rich.console import Console
+
+    console = Console(width=120, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    plain = UserAnswer(lines=[Listed(item=7, title="", scores={"like": 0.25})], milliseconds=1.0, cached_tokens=3)
+    titled = UserAnswer(lines=[Listed(item=7, title="Blue", scores={"like": 0.25})], milliseconds=1.0, cached_tokens=3)
+    console.print(display.answer_table("Top", plain, ["like"]))
+    assert "title" not in console.export_text()
+    console.print(display.answer_table("Top", titled, ["like"]))
+    text = console.export_text()
+    assert "Blue" in text
+    assert "0.2500" in text
+
+
+def test_the_simulated_log_is_written_once(tmp_path: Path) -> None:
+    first = demo.simulated(tmp_path, 2_000)
+    stamp = first.stat().st_mtime_ns
+    assert demo.simulated(tmp_path, 2_000) == first
+    assert first.stat().st_mtime_ns == stamp

@@ -1,0 +1,61 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gr_platform.errors import UserError
+from gr_platform.events.declaration import Declaration
+
+names = st.lists(st.text(st.characters(codec="utf-8"), min_size=1, max_size=8), min_size=1, max_size=20, unique=True)
+
+
+def made(**fields):
+    return Declaration(**{"name": "made", "actions": ("view", "like"), "positives": ("view",), **fields})
+
+
+@given(names, st.data())
+def test_toml_and_json_give_back_any_declaration(actions, data):
+    chosen = tuple(data.draw(st.lists(st.sampled_from(actions), unique=True)))
+    declaration = made(actions=tuple(actions), positives=chosen, tasks={"t": chosen}, columns={"user_id": actions[0]})
+    assert Declaration.from_toml(declaration.to_toml()) == declaration
+    assert Declaration.from_json(declaration.to_json()) == declaration
+
+
+@given(names, names)
+def test_appending_actions_never_moves_a_bit(first, more):
+    before = made(actions=tuple(first), positives=tuple(first))
+    after = before.with_actions(more)
+    assert after.actions[: len(first)] == before.actions
+    assert all(after.action_mask([name]) == before.action_mask([name]) for name in first)
+    assert after.positive_mask() == (1 << len(after.actions)) - 1
+
+
+def test_masks_follow_the_order_of_the_actions():
+    declaration = made(tasks={"like": ("like",), "any": ("view", "like")})
+    assert declaration.action_mask(["like"]) == 2
+    assert declaration.task_masks() == {"like": 2, "any": 3}
+    assert declaration.positive_mask() == 1
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"actions": tuple(f"a{i}" for i in range(63)), "positives": ()}, "63"),
+        ({"actions": ("a", "a"), "positives": ()}, "different"),
+        ({"positives": ("share",)}, "share"),
+        ({"exclude_seen": "some"}, "exclude_seen"),
+        ({"name": "../up"}, "cannot name"),
+        ({"name": "active"}, "active"),
+    ],
+)
+def test_what_does_not_hold_together_is_refused(fields, said):
+    with pytest.raises(ValueError, match=said):
+        made(**fields)
+
+
+def test_a_broken_file_is_one_sentence():
+    with pytest.raises(UserError, match=r"dataset\.toml is not valid TOML"):
+        Declaration.from_toml("actions = [")
+    with pytest.raises(UserError, match="no entry positives"):
+        Declaration.from_toml('name = "x"\nactions = ["a"]\n')
+    with pytest.raises(UserError, match="unknown entries colour"):
+        Declaration.from_json(made().to_json() | {"colour": "red"})

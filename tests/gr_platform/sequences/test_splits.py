@@ -1,0 +1,58 @@
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from gr_platform.sequences.splits import check_no_leak, describe_targets, target_positions, train_ends
+
+
+@given(st.lists(st.integers(0, 9), max_size=30))
+def test_parts_are_disjoint_ordered_and_complete(lengths):
+    ends = train_ends(np.array(lengths, np.int64))
+    validation_rows, validation = target_positions(np.array(lengths, np.int64), "validation")
+    test_rows, test = target_positions(np.array(lengths, np.int64), "test")
+    assert validation_rows.tolist() == test_rows.tolist() == [row for row, n in enumerate(lengths) if n >= 3]
+    assert (test == np.array(lengths, np.int64)[test_rows] - 1).all()
+    assert (validation == test - 1).all()
+    assert (ends[validation_rows] == validation).all()
+    assert all(ends[row] == n for row, n in enumerate(lengths) if n < 3)
+
+
+def user(*times):
+    return [(number, 1, time) for number, time in enumerate(times)]
+
+
+def test_ties_and_repeats_of_targets_are_counted(make_dataset):
+    repeated = [(4, 1, 0), (5, 1, 1), (4, 1, 2), (5, 1, 3)]
+    dataset = make_dataset([user(0, 5, 5), user(0, 1, 1, 2), repeated, user(0, 0)], 10)
+    assert describe_targets(dataset) == {
+        "validation": {"targets": 3, "ties": 1, "repeats": 1},
+        "test": {"targets": 3, "ties": 1, "repeats": 1},
+    }
+
+
+def test_a_sound_data_set_has_no_leak(cycle_dataset):
+    assert check_no_leak(cycle_dataset) == []
+
+
+@pytest.mark.parametrize(("extra", "said"), [(1, "validation"), (2, "test")])
+def test_training_on_a_target_is_caught(cycle_dataset, extra, said):
+    ends = train_ends(cycle_dataset.lengths)
+    ends[7] += extra
+    problems = check_no_leak(cycle_dataset, ends=ends)
+    assert f"1 users' {said} targets are among their training exposures" in problems
+
+
+def test_a_target_copied_into_its_history_is_caught(make_dataset):
+    planted = [(0, 1, 0), (2, 1, 9), (1, 1, 9), (2, 1, 9)]
+    problems = check_no_leak(make_dataset([user(0, 1, 2), planted], 5))
+    assert problems == ["1 exposures stand twice, so a target may be part of its own history"]
+
+
+def test_an_event_from_after_the_target_in_its_history_is_caught(make_dataset):
+    problems = check_no_leak(make_dataset([user(0, 1, 2), user(0, 9, 3)], 5))
+    assert problems == ["1 exposures are older than the one before them, so histories hold events after the target"]
+
+
+def test_users_do_not_leak_into_each_other(make_dataset):
+    assert check_no_leak(make_dataset([user(7, 8, 9), user(0, 1, 2), []], 5)) == []

@@ -1,0 +1,77 @@
+"""The model repository: complete, relative, changed as a whole and only when something changed."""
+
+import os
+import shutil
+
+import pytest
+
+from gr_platform import settings
+from gr_platform.errors import UserError
+from serving import repository
+from serving.repository import ServingOptions, publish
+
+
+def set_dataset(name):
+    def change(folder, facts):
+        facts["declaration"] = facts["declaration"] | {"name": name}
+
+    return change
+
+
+def test_a_pair_becomes_three_models_that_name_no_absolute_path(tmp_path, pair):
+    published = publish(tmp_path, pair["retrieval"], pair["ranking"])
+    link = tmp_path / "model_repository"
+    assert link.resolve() == published.folder
+    assert not os.path.isabs(os.readlink(link))
+    for model in repository.MODELS:
+        assert (link / model / "1" / "model.py").is_file()
+        config = (link / model / "config.pbtxt").read_text()
+        assert config.count("allow_ragged_batch: true") == config.split("output [")[0].count("data_type")
+        assert "$" not in config
+    assert (link / "gr_ranker/1/bundle/score.onnx").is_file()
+    assert (link / "gr_retriever/1/bundle/item_vectors.safetensors").is_file()
+    for file in published.folder.rglob("*"):
+        assert not file.is_symlink()
+        if file.is_file():
+            content = file.read_bytes()
+            assert str(tmp_path).encode() not in content
+            assert str(pair["ranking"].parent).encode() not in content
+            assert str(settings.PROJECT_ROOT).encode() not in content, file.name
+
+
+def test_publishing_twice_changes_nothing_and_another_option_is_another_repository(tmp_path, pair):
+    first = publish(tmp_path, pair["retrieval"], pair["ranking"])
+    second = publish(tmp_path, pair["retrieval"], pair["ranking"])
+    assert (first.changed, second.changed) == (True, False)
+    third = publish(tmp_path, pair["retrieval"], pair["ranking"], ServingOptions(cache_bytes=1 << 20))
+    assert third.changed
+    assert third.previous == first.folder
+    assert 'string_value: "1048576"' in (tmp_path / "model_repository/gr_ranker/config.pbtxt").read_text()
+    fourth = publish(tmp_path, pair["retrieval"], pair["ranking"], ServingOptions(cache_bytes=2 << 20))
+    # The current pair and the one to go back to stay.
+    assert sorted(p for p in fourth.folder.parent.iterdir()) == sorted([third.folder, fourth.folder])
+
+
+def test_bundles_that_do_not_go_together_are_refused_and_the_last_pair_stays(tmp_path, pair, rewritten):
+    good = publish(tmp_path, pair["retrieval"], pair["ranking"])
+    with pytest.raises(UserError, match="is a ranking bundle, expected a retrieval bundle"):
+        publish(tmp_path, pair["ranking"], pair["ranking"])
+    other = rewritten(pair["ranking"], set_dataset("elsewhere"))
+    with pytest.raises(UserError, match=r"different data sets, random .* and elsewhere"):
+        publish(tmp_path, pair["retrieval"], other)
+    damaged = shutil.copytree(pair["ranking"], tmp_path / "damaged")
+    (damaged / "score.onnx").write_bytes(b"")
+    with pytest.raises(UserError, match=r"score\.onnx is corrupt"):
+        publish(tmp_path, pair["retrieval"], damaged)
+    assert repository.current(tmp_path) == good.folder
+
+
+def test_a_foreign_folder_is_not_overwritten(tmp_path, pair):
+    (tmp_path / "model_repository").mkdir()
+    with pytest.raises(UserError, match="folder of something else"):
+        publish(tmp_path, pair["retrieval"], pair["ranking"])
+
+
+def test_without_a_pair_there_is_an_empty_repository(tmp_path):
+    assert repository.ensure_repository(tmp_path) == ()
+    assert (tmp_path / "model_repository").is_dir()
