@@ -6,13 +6,13 @@ Invariant: a handle acts on its own instance only: its pid with its start time, 
 import json
 import re
 import shutil
-import time
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import psutil
 import tritonclient.grpc as grpcclient
 
+from gr_platform import processes
 from gr_platform.errors import UserError
 
 LOG = "logs/tritonserver.log"
@@ -45,7 +45,7 @@ class ServerHandle:
     @property
     def alive(self) -> bool:
         """Whether this very process still runs."""
-        return _process(self) is not None
+        return processes.find(self.pid, self.create_time) is not None
 
     def with_process(self, pid: int) -> "ServerHandle":
         """Return the handle with a process just started."""
@@ -69,11 +69,8 @@ class ServerHandle:
 
     def stop(self, grace_s: float = 20.0) -> None:
         """Stop the server: SIGTERM, after `grace_s` SIGKILL, then remove what it left. Does nothing if it is gone."""
-        if (process := _process(self)) is not None:
-            process.terminate()
-            if not _gone(process, grace_s):
-                process.kill()
-                _gone(process, 5.0)
+        if (process := processes.find(self.pid, self.create_time)) is not None:
+            processes.stop([process], grace_s=grace_s)
         remove_leftovers(self.home, self)
 
 
@@ -100,13 +97,11 @@ def attach(home: Path) -> ServerHandle | None:
 
 def remove_leftovers(home: Path, handle: ServerHandle) -> None:
     """End the stubs of a stopped server and remove its shared memory, its backend folder and its record."""
-    for process in psutil.process_iter(["cmdline"]):
-        if any(handle.instance in argument for argument in process.info["cmdline"] or ()):
-            try:
-                process.kill()
-                _gone(process, 5.0)
-            except psutil.NoSuchProcess:
-                pass
+    processes.kill(
+        process
+        for process in psutil.process_iter(["cmdline"])
+        if any(handle.instance in argument for argument in process.info["cmdline"] or ())
+    )
     for file in _SHARED_MEMORY.glob(f"{handle.instance}*"):
         file.unlink(missing_ok=True)
     shutil.rmtree(handle.backend_folder, ignore_errors=True)
@@ -129,29 +124,3 @@ def last_useful_line(text: str) -> str | None:
         if found := re.findall(pattern, text):
             return re.sub(r"(?<!\w)/\S*/", "", found[-1]).strip().rstrip(".;")
     return None
-
-
-def _process(handle: ServerHandle) -> psutil.Process | None:
-    """Return the handle's process if it runs; a zombie has stopped."""
-    try:
-        process = psutil.Process(handle.pid)
-        same = abs(process.create_time() - handle.create_time) < 1.0
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.NoSuchProcess:
-        return None
-
-
-def _gone(process: psutil.Process, timeout_s: float) -> bool:
-    """Return whether the process ends in time; reaps it if it is a child of ours."""
-    deadline = time.monotonic() + timeout_s
-    while time.monotonic() < deadline:
-        try:
-            process.wait(timeout=0.1)
-            return True
-        except psutil.TimeoutExpired:
-            try:
-                if process.status() == psutil.STATUS_ZOMBIE:
-                    return True
-            except psutil.NoSuchProcess:
-                return True
-    return False

@@ -66,15 +66,15 @@ def test_mlflow_is_named_by_the_registry_alone() -> None:
 def test_serving_imports_bundles_models_and_kernels_only() -> None:
     forbidden = {"assets", "dagster", "mlflow", "polars", "duckdb"}
     ours = ("gr_platform.bundle", "gr_platform.models", "gr_platform.sequences", "gr_platform.events.declaration")
-    small = ("gr_platform.settings", "gr_platform.errors", "gr_platform.storage")
+    small = ("settings", "errors", "storage", "processes")
     for path in (ROOT / "serving").rglob("*.py"):
         assert not _roots(path) & forbidden, path.name
         if path.name == "bench.py":
             continue
         for name in _imports(path):
             if name.startswith("gr_platform."):
-                parts = name.removeprefix("gr_platform.")
-                assert name.startswith((*ours, *small)) or parts in ("settings", "errors", "storage"), (path.name, name)
+                top = name.removeprefix("gr_platform.").split(".")[0]
+                assert name.startswith(ours) or top in small, (path.name, name)
 
 
 def test_assets_are_imported_by_the_definitions_and_the_pipeline_alone() -> None:
@@ -88,7 +88,7 @@ def test_assets_are_imported_by_the_definitions_and_the_pipeline_alone() -> None
 def test_the_import_closure_of_serving_has_none_of_the_platforms_libraries(module: str) -> None:
     heavy = ("polars", "duckdb", "dagster", "mlflow", "pandas")
     code = f"import sys, {module}; print([m for m in {heavy!r} if m in sys.modules])"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=60)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == "[]"
 
 

@@ -16,14 +16,12 @@ import urllib.request
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from gr_platform import settings
+import psutil
+
+from gr_platform import processes, settings
 from gr_platform.errors import UserError
 from gr_platform.storage import write_text
-
-if TYPE_CHECKING:
-    import psutil
 
 log = logging.getLogger(__name__)
 
@@ -180,8 +178,6 @@ def require_free(port: int, name: str) -> None:
 
 
 def _start(home: Path, service: Service) -> Running:
-    import psutil
-
     with (home / "logs" / f"{service.name}.log").open("ab") as output:
         child = subprocess.Popen(
             service.command,
@@ -219,45 +215,13 @@ def answers(url: str) -> bool:
         return False
 
 
-def _process(running: Running) -> "psutil.Process | None":
-    import psutil
-
-    try:
-        process = psutil.Process(running.pid)
-        same = abs(process.create_time() - running.create_time) < 0.05
-        return process if same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.NoSuchProcess:
-        return None
+def _process(running: Running) -> psutil.Process | None:
+    return processes.find(running.pid, running.create_time)
 
 
 def _stop(services: Sequence[Running]) -> None:
-    """Ask each tree's root to end, wait, then kill what is left of the trees."""
-    import psutil
-
     roots = [process for service in services if (process := _process(service)) is not None]
-    trees = []
-    for root in roots:
-        # Listed before the root ends: afterwards its children belong to init.
-        trees += [*root.children(recursive=True), root]
-        root.terminate()
-    deadline = time.monotonic() + STOP_S
-    while time.monotonic() < deadline and any(_alive(root) for root in roots):
-        time.sleep(0.1)
-    for process in trees:
-        if _alive(process):
-            try:
-                process.kill()
-            except psutil.NoSuchProcess:
-                continue
-
-
-def _alive(process: "psutil.Process") -> bool:
-    import psutil
-
-    try:
-        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
-    except psutil.NoSuchProcess:
-        return False
+    processes.stop(roots, grace_s=STOP_S)
 
 
 def _record(home: Path, services: Sequence[Running]) -> None:

