@@ -26,7 +26,7 @@ lint: setup
 	@$(BIN)/ruff check --no-cache . && $(BIN)/ruff format --no-cache --check . && $(BIN)/mypy
 
 check: lint ## lint, format, types, Dagster definitions
-	@$(BIN)/dg check defs
+	@DAGSTER_HOME="$(CURDIR)/dagster_home" $(BIN)/dg check defs
 
 test: check ## lint, format, types and all tests
 	@$(BIN)/python -m pytest

@@ -77,12 +77,20 @@ def test_cpu_path_passes_gradcheck():
     assert torch.autograd.gradcheck(run, (q, k, v, *weights))
 
 
-def test_a_user_is_bit_equal_whoever_else_is_in_the_batch():
-    (q, k, v), weights, jagged = make_inputs([17, 90, 40], dtype=torch.float32)
+@pytest.mark.parametrize("tokens_before", [1, 2, 3, 5, 8, 17, 33])
+def test_a_user_is_bit_equal_whoever_else_is_in_the_batch(tokens_before):
+    begin, end = tokens_before, tokens_before + 90
+    (q, k, v), weights, jagged = make_inputs([tokens_before, 90, 40], dtype=torch.float32)
     together = hstu_attention(q, k, v, jagged, *weights, DIVISOR)
-    alone_times = JaggedTimes.of(torch.tensor([0, 90]), jagged.times[17:107], jagged.query_times[17:107])
-    alone = hstu_attention(q[17:107], k[17:107], v[17:107], alone_times, *weights, DIVISOR)
-    assert torch.equal(together[17:107], alone)
+    alone_times = JaggedTimes.of(torch.tensor([0, 90]), jagged.times[begin:end], jagged.query_times[begin:end])
+    leaves = [x[begin:end].detach().requires_grad_() for x in (q, k, v)]
+    alone = hstu_attention(*leaves, alone_times, *weights, DIVISOR)
+    assert torch.equal(together[begin:end], alone)
+    seed = torch.linspace(-1, 1, alone.numel()).view(alone.shape)
+    grads_together = torch.autograd.grad((together[begin:end] * seed).sum(), (q, k, v))
+    grads_alone = torch.autograd.grad((alone * seed).sum(), leaves)
+    for ours, reference in zip(grads_together, grads_alone, strict=True):
+        assert torch.equal(ours[begin:end], reference)
 
 
 @settings(deadline=None, max_examples=25)
