@@ -1,4 +1,4 @@
-"""What every asset reports: how long it took, whether it was there already, its digest, figures, a preview and a plot.
+"""What every asset reports (time, whether it was there already, digest, figures, preview, plot) and every check.
 
 Invariant: nothing large goes to the event log: a preview has at most 8 rows, a plot at most 50 KB.
 """
@@ -56,6 +56,16 @@ class Stage:
         if plot is not None:
             metadata["plot"] = dg.MetadataValue.md(picture(plot))
         return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(digest))
+
+
+def verdict(name: str, faults: Sequence[str], passed: str, **figures: Any) -> dg.AssetCheckResult:
+    """Return a check's result, failed if there are faults, and log a failed one on `gr.stages`."""
+    if faults:
+        fields = {"name": name, "event": "check_failed", "reason": "; ".join(faults[:5])}
+        STAGES.error("event=check_failed check=%s reason=%s", name, fields["reason"], extra={"stage": fields})
+    return dg.AssetCheckResult(
+        passed=not faults, description="; ".join(faults[:5]) if faults else passed, metadata=figures
+    )
 
 
 def picture(png: bytes) -> str:

@@ -8,7 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import tritonclient.grpc as grpcclient
@@ -151,14 +151,14 @@ class Client:
 
     def _id_array(self, ids: Ids) -> np.ndarray:
         """Return ids in the type of the data set: an empty list does not tell, and the wire needs to know."""
-        served = (self._metadata or self.metadata()).item_id_type
-        array = np.array(ids, dtype=object) if served == "string" else np.asarray(ids)
-        if len(array) == 0:
-            return np.zeros(0, object if served == "string" else np.int64)
-        is_text = isinstance(array[0], str)
-        if is_text != (served == "string") or not (is_text or array.dtype.kind in "iu"):
-            raise ServingError(f"item ids must be {served}, got {str(array[0])!r}", "INVALID_ARGUMENT")
-        return array if is_text else _integers("item ids", array)
+        if (self._metadata or self.metadata()).item_id_type == "int64":
+            return _integers("item ids", cast("Sequence[int] | np.ndarray", ids))
+        for item in ids:
+            try:
+                str.encode(cast("str", item))
+            except (TypeError, UnicodeEncodeError):
+                raise _invalid(f"item ids must be text, got {item!r}") from None
+        return np.array(ids, dtype=object)
 
     def _infer(self, model: str, tensors: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         inputs = []
@@ -194,11 +194,19 @@ class Client:
 
 
 def _integers(field: str, values: Sequence[int] | np.ndarray, dtype: type[np.signedinteger] = np.int64) -> np.ndarray:
-    """Return values in the wire's integer type. Raises ServingError for one that does not fit, instead of wrapping."""
-    given, limits = np.asarray(values), np.iinfo(dtype)
+    """Return values in the wire's integer type. Raises ServingError for one that is none or does not fit."""
+    limits = np.iinfo(dtype)
+    # As objects: numpy by itself would make floats of some integers.
+    given = values if isinstance(values, np.ndarray) else np.array(list(values), dtype=object)
+    if given.ndim != 1:
+        raise _invalid(f"{field} must be one row of values, got the shape {list(given.shape)}")
+    for value in () if given.dtype.kind in "iu" else given.tolist():
+        if not isinstance(value, int | np.integer) or isinstance(value, bool):
+            raise _invalid(f"{field} must be {limits.dtype}, got {value!r}")
     if len(given) and not (given.min() >= limits.min and given.max() <= limits.max):
-        raise ServingError(
-            f"{field} holds a value beyond {limits.dtype}; it must lie from {limits.min} to {limits.max}",
-            "INVALID_ARGUMENT",
-        )
+        raise _invalid(f"{field} holds a value beyond {limits.dtype}; it must lie from {limits.min} to {limits.max}")
     return given.astype(dtype, copy=False)
+
+
+def _invalid(message: str) -> ServingError:
+    return ServingError(message, "INVALID_ARGUMENT")

@@ -33,7 +33,6 @@ class ServingOptions:
     num_threads: int = 0
     retrieval_depth: int = 50
     max_batch_size: int = 32
-    max_queue_size: int = 1024
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +67,10 @@ def publish(home: Path, retrieval: Path, ranking: Path, options: ServingOptions 
 
 
 def load_pair(retrieval: Path, ranking: Path) -> tuple[Bundle, Bundle]:
-    """Return the two bundles. Raises UserError unless they are whole, of these kinds and of one data set."""
+    """Return the two bundles. Raises UserError unless they are whole, of these kinds and of one data set.
+
+    One request goes to both, so they must know the same actions and the same items.
+    """
     bundles = load(retrieval), load(ranking)
     for bundle, kind in zip(bundles, ("retrieval", "ranking"), strict=True):
         if bundle.kind != kind:
@@ -76,6 +78,14 @@ def load_pair(retrieval: Path, ranking: Path) -> tuple[Bundle, Bundle]:
     names = [f"{b.declaration.name} ({b.declaration.item_id_type} ids)" for b in bundles]
     if names[0] != names[1]:
         raise UserError(f"the bundles are of different data sets, {names[0]} and {names[1]}; export both of one")
+    for what, of in (
+        ("actions", lambda b: b.declaration.actions),
+        ("vocabularies", lambda b: b.vocabulary.digest),
+    ):
+        if of(bundles[0]) != of(bundles[1]):
+            raise UserError(
+                f"the bundles of {bundles[0].declaration.name} have different {what}; train both models again"
+            )
     return bundles
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from types import TracebackType
 
 import tritonclient.grpc as grpcclient
+from filelock import FileLock, Timeout
 
 from gr_platform import settings, storage
 from gr_platform.errors import UserError
@@ -57,6 +58,15 @@ class EmbeddedServer:
 
         Raises UserError if one runs already, a port is taken, or it does not come up in time (with the logged reason).
         """
+        self._home.mkdir(parents=True, exist_ok=True)
+        try:
+            # Two starts at once would both find no server, and the one recorded first would be lost.
+            with FileLock(self._home / ".server-start.lock", timeout=0):
+                return self._start(timeout_s)
+        except Timeout:
+            raise UserError("a model server of this state folder is being started right now; wait for it") from None
+
+    def _start(self, timeout_s: float) -> ServerHandle:
         if running := attach(self._home):
             raise UserError(
                 f"a model server of this state folder runs already (gRPC at {running.grpc_address}); gr down stops it"
@@ -77,16 +87,17 @@ class EmbeddedServer:
             metrics_address=metrics,
             admin_key=secrets.token_urlsafe(24),
         )
-        installation.link_backends(handle.backend_folder)
         command = [str(installation.binary), *_arguments(handle, installation.tree / "caches", models)]
-        process = _spawn(command, installation.environment(), self._home)
-        self._handle = handle.with_process(process.pid)
+        self._handle = handle
         try:
+            installation.link_backends(handle.backend_folder)
+            process = _spawn(command, installation.environment(), self._home)
+            self._handle = handle.with_process(process.pid)
             _wait_until_ready(process, self._handle, models, timeout_s)
+            storage.write_text(record_path(self._home), self._handle.to_json())
         except BaseException:
             self.stop()
             raise
-        storage.write_text(record_path(self._home), self._handle.to_json())
         return self._handle
 
     def stop(self, grace_s: float = 20.0) -> None:

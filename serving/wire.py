@@ -9,7 +9,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from serving.engine.ranker import RankResult
-from serving.engine.requests import History, InvalidRequestError, RankRequest, RetrieveRequest
+from serving.engine.requests import History, InvalidRequestError, RankRequest, RetrieveRequest, check_length
 from serving.engine.retriever import RetrieveResult
 
 RANKER_INPUTS = (
@@ -29,6 +29,8 @@ RETRIEVER_INPUTS = (
     "EXCLUDE",
     "K",
 )
+
+MAX_ID_BYTES = 1024
 
 Tensors = Mapping[str, np.ndarray]
 
@@ -74,11 +76,16 @@ def encode_ids(ids: np.ndarray) -> np.ndarray:
 
 
 def decode_ids(values: np.ndarray, field: str) -> np.ndarray:
-    """Return int64 or str-object ids [n] from the wire. Raises InvalidRequestError naming the first invalid UTF-8."""
+    """Return int64 or str-object ids [n] from the wire.
+
+    Raises InvalidRequestError naming the first text that is longer than MAX_ID_BYTES or no UTF-8.
+    """
     if values.dtype.kind in "iu":
         return values
     texts = np.empty(len(values), dtype=object)
     for index, item in enumerate(values):
+        if len(item) > MAX_ID_BYTES:
+            raise InvalidRequestError(f"{field}[{index}] has {len(item)} bytes, an id has at most {MAX_ID_BYTES}")
         try:
             texts[index] = item.decode()
         except UnicodeDecodeError:
@@ -99,6 +106,7 @@ def _row(tensors: Tensors, field: str) -> np.ndarray:
     values = tensors[field]
     if values.ndim != 2 or values.shape[0] != 1:
         raise InvalidRequestError(f"{field} has shape {list(values.shape)}, must be [1, n]: one user a request")
+    check_length(field, values[0])
     return values[0]
 
 

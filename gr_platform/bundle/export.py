@@ -18,6 +18,8 @@ from torch import Tensor, nn
 
 from gr_platform import provenance, storage
 from gr_platform.bundle import golden
+from gr_platform.bundle.load import model_digest
+from gr_platform.errors import UserError
 from gr_platform.models.batch import EventBatch
 from gr_platform.models.build import Model
 from gr_platform.models.compute import encode_tokens, score_candidates
@@ -165,7 +167,7 @@ def write_bundle(
     constants = _constants(model, declaration["actions"])
     files = {name: storage.file_sha256(folder / name) for name in ("model.safetensors", "vocabulary.parquet")}
     return constants | {
-        "model_digest": storage.digest_of({"constants": constants, "files": files}),
+        "model_digest": model_digest(constants, files),
         "microbatch_size": MICROBATCH_SIZE,
         "declaration": declaration,
         "recipe": recipe,
@@ -186,7 +188,10 @@ def _constants(model: Model, actions: list[str]) -> dict[str, Any]:
 
 
 def export(home: Path, dataset: str, kind: Kind) -> storage.Result:
-    """Return the bundle of the current run of `kind`, exporting it unless it exists, and make it the current bundle."""
+    """Return the bundle of the current run of `kind`, exporting it unless it exists, and make it the current bundle.
+
+    Raises UserError unless run, evaluation and sequences belong together: else its figures would be another model's.
+    """
     from gr_platform.sequences.dataset import SequenceDataset
     from gr_platform.training.load import load_model
 
@@ -195,8 +200,17 @@ def export(home: Path, dataset: str, kind: Kind) -> storage.Result:
     sequences_folder = storage.current(home / "sequences" / dataset, "sequences")
     made_of = storage.read_manifest(sequences_folder).spec
     sequences = SequenceDataset.open(sequences_folder)
-    evaluation = storage.read_manifest(storage.current(home / "runs" / dataset, "evaluation")).facts
-    spec = {"run": run.digest, "vocabulary": sequences.vocabulary.digest, "export_version": EXPORT_VERSION}
+    evaluation = storage.read_manifest(storage.current(home / "runs" / dataset, "evaluation"))
+    if run.spec["sequences"] != sequences.digest:
+        raise UserError(f"the current {kind} model of {dataset} was trained on other sequences; train it again first")
+    if evaluation.spec["models"][kind] != run.digest:
+        raise UserError(f"the current {kind} model of {dataset} is not evaluated yet; run the evaluation stage first")
+    spec = {
+        "run": run.digest,
+        "vocabulary": sequences.vocabulary.digest,
+        "evaluation": evaluation.digest,
+        "export_version": EXPORT_VERSION,
+    }
 
     def build(folder: Path) -> dict[str, Any]:
         return write_bundle(
@@ -207,7 +221,7 @@ def export(home: Path, dataset: str, kind: Kind) -> storage.Result:
             num_rows=sequences.vocabulary.num_rows,
             declaration=sequences.declaration.to_json(),
             recipe=run.spec["recipe"]["name"],
-            metrics={kind: evaluation[kind]},
+            metrics={kind: evaluation.facts[kind]},
         )
 
     result = storage.ensure(home / "bundles" / dataset, kind, spec, build)

@@ -3,6 +3,7 @@
 Invariant: loading verifies the digest of every file; nothing is unpickled.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,10 @@ from gr_platform.errors import UserError
 from gr_platform.events.declaration import Declaration
 from gr_platform.models.config import ModelConfig
 from gr_platform.sequences.vocabulary import Vocabulary
+
+# What decides a score beside these files' content: facts of the manifest.
+CONSTANTS = ("config", "actions", "tasks", "time_thresholds_ms", "attention_divisor")
+_SCORING_FILES = ("model.safetensors", "vocabulary.parquet")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,17 +58,34 @@ class Bundle:
         return OnnxCompute(self.folder, self.config, self.num_tasks, num_threads=num_threads)
 
 
+def model_digest(facts: Mapping[str, Any], files: Mapping[str, str]) -> str:
+    """Return the digest over everything that changes a score: constants among the facts, sha256 of the files."""
+    constants = {name: facts[name] for name in CONSTANTS}
+    return storage.digest_of({"constants": constants, "files": {name: files[name] for name in _SCORING_FILES}})
+
+
 def load(folder: Path) -> Bundle:
-    """Return the bundle in `folder` after checking every file's digest.
+    """Return the bundle in `folder` after checking every file's digest and the model's own.
 
     Raises UserError if it is no bundle, of another schema, or damaged.
     """
     manifest = storage.read_manifest(folder, verify=True)
     if manifest.kind not in ("retrieval", "ranking"):
         raise UserError(f"{folder.name} is a {manifest.kind}, not a model bundle")
-    facts = manifest.facts
+    try:
+        if manifest.facts["model_digest"] != model_digest(manifest.facts, manifest.files):
+            raise UserError(f"the manifest of bundle {folder.name} was changed after its export; run gr materialize")
+        return _read(folder, manifest.kind, manifest.facts)
+    except (KeyError, TypeError) as error:
+        raise UserError(
+            f"the manifest of bundle {folder.name} does not hold what this release needs ({error}); delete the folder "
+            "and run gr materialize"
+        ) from None
+
+
+def _read(folder: Path, kind: str, facts: Mapping[str, Any]) -> Bundle:
     vectors = np.zeros((0, facts["config"]["embedding_dim"]), np.float32)
-    if manifest.kind == "retrieval":
+    if kind == "retrieval":
         vectors = load_file(folder / "item_vectors.safetensors")["item_vectors"]
     return Bundle(
         folder=folder,

@@ -30,12 +30,12 @@ def visible_history(dataset: SequenceDataset, row: int, end: int, config: ModelC
 
 
 def training_batch(dataset: SequenceDataset, rows: np.ndarray, ends: np.ndarray, config: ModelConfig) -> EventBatch:
-    """Return the visible part of exposures 0..ends-1 of users `rows`, each looking from its own last event.
+    """Return what is visible when users `rows` meet their exposure `ends - 1`, and that exposure: the last target.
 
-    rows, ends: int64 [B]; every end is 1 or more. The last token has no target, so its request time changes no loss.
+    rows, ends: int64 [B]; every end is 1 or more. The window is the served one, so the position that answers a full
+    window is trained too.
     """
-    histories = [visible_history(dataset, int(row), int(end), config) for row, end in zip(rows, ends, strict=True)]
-    return EventBatch.of(histories, [int(times[-1]) for _, _, times in histories])
+    return request_batch(dataset, rows, ends - 1, config, with_target=True)
 
 
 def request_batch(

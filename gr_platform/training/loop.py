@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import torch
 
 from gr_platform import settings, storage
@@ -28,16 +30,17 @@ from gr_platform.training.seeds import torch_seed
 
 logger = logging.getLogger(__name__)
 
-TRAINER_VERSION = 1
+TRAINER_VERSION = 2
 MIN_USERS = 10
 ADAM_BETAS = (0.9, 0.98)
 CURVES = "curves.json"
+TRAINED = "trained.parquet"
 
 
 def train(
     dataset: SequenceDataset, recipe: Recipe, out: Path, *, checkpoint: Path | None = None, progress: bool = True
 ) -> dict[str, Any]:
-    """Train, write model.safetensors, recipe.json and curves.json into `out`, and return the facts.
+    """Train, write model.safetensors, recipe.json, curves.json and trained.parquet into `out`, and return the facts.
 
     Resumes from the folder `checkpoint`, which the caller removes once the result is safe; without one,
     `.checkpoint-<name of out>` beside `out` is used and removed at the end.
@@ -63,9 +66,18 @@ def train(
     out.mkdir(parents=True, exist_ok=True)
     save_model(out, recipe, done.best, **shape)
     storage.write_text(out / CURVES, json.dumps(done.curves, indent=1, allow_nan=False) + "\n")
+    pq.write_table(pa.table({"row": rows, "num_exposures": ends}), out / TRAINED, compression="zstd")
     if checkpoint is None:
         shutil.rmtree(folder, ignore_errors=True)
     return _facts(dataset, model, done, len(rows))
+
+
+def trained_ends(folder: Path, num_users: int) -> np.ndarray:
+    """Return how many exposures of each user a run trained on, int64 [U], as its folder records."""
+    table = pq.read_table(folder / TRAINED)
+    ends = np.zeros(num_users, np.int64)
+    ends[table["row"].to_numpy()] = table["num_exposures"].to_numpy()
+    return ends
 
 
 def training_users(dataset: SequenceDataset) -> tuple[np.ndarray, np.ndarray]:

@@ -11,6 +11,13 @@ import numpy as np
 MAX_EVENTS = 100_000
 MAX_CANDIDATES = 10_000
 MAX_EXCLUDE = 100_000
+_LIMITS = {
+    "HISTORY_ITEMS": MAX_EVENTS,
+    "HISTORY_ACTIONS": MAX_EVENTS,
+    "HISTORY_TIMES": MAX_EVENTS,
+    "CANDIDATES": MAX_CANDIDATES,
+    "EXCLUDE": MAX_EXCLUDE,
+}
 # Differences of two times must fit in int64; offsets are added to a length.
 MAX_TIME = 1 << 61
 MAX_OFFSET = 1 << 40
@@ -58,25 +65,26 @@ class RetrieveRequest:
 def check_rank(request: RankRequest, num_actions: int) -> None:
     """Raise InvalidRequestError unless `request` may be scored."""
     _check_history(request.history, request.request_time, num_actions)
-    _check_length("CANDIDATES", request.candidates, MAX_CANDIDATES)
+    check_length("CANDIDATES", request.candidates)
 
 
 def check_retrieve(request: RetrieveRequest, num_actions: int) -> None:
     """Raise InvalidRequestError unless `request` may be answered."""
     _check_history(request.history, request.request_time, num_actions)
-    _check_length("EXCLUDE", request.exclude, MAX_EXCLUDE)
+    check_length("EXCLUDE", request.exclude)
     if request.k < 1:
         raise InvalidRequestError(f"K is {request.k}, must be at least 1")
 
 
-def _check_length(field: str, values: np.ndarray, limit: int) -> None:
-    if len(values) > limit:
-        raise InvalidRequestError(f"{field} holds {len(values)} entries, at most {limit} are allowed")
+def check_length(field: str, values: np.ndarray) -> None:
+    """Raise InvalidRequestError if a field has more entries than a request may; cheap, so it comes before decoding."""
+    if field in _LIMITS and len(values) > _LIMITS[field]:
+        raise InvalidRequestError(f"{field} holds {len(values)} entries, at most {_LIMITS[field]} are allowed")
 
 
 def _check_history(history: History, request_time: int, num_actions: int) -> None:
     lengths = (len(history.items), len(history.actions), len(history.times))
-    _check_length("HISTORY_ITEMS", history.items, MAX_EVENTS)
+    check_length("HISTORY_ITEMS", history.items)
     if len(set(lengths)) != 1:
         raise InvalidRequestError(
             "HISTORY_ITEMS, HISTORY_ACTIONS and HISTORY_TIMES must be equally long, got {}, {} and {}".format(*lengths)

@@ -23,6 +23,8 @@ CHECKS = {
     ("events", "schema"),
     ("events", "conservation"),
     ("sequences", "no_leakage"),
+    ("retrieval_model", "no_leakage"),
+    ("ranking_model", "no_leakage"),
     ("retrieval_model", "finite_weights"),
     ("ranking_model", "finite_weights"),
     ("evaluation", "finite_figures"),

@@ -6,7 +6,7 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from assets import checks
+from assets import data_checks, model_checks
 from assets.resources import Platform
 from gr_platform import deploy, storage
 from gr_platform.commands import pipeline
@@ -134,9 +134,38 @@ def test_nan_weights_stop_the_pipeline(home: Path) -> None:
     weights = load_file(folder / "model.safetensors")
     name = next(iter(weights))
     save_file(weights | {name: np.full_like(weights[name], np.nan)}, folder / "model.safetensors")
-    result = checks.retrieval_finite_weights(_platform(home))
+    result = model_checks.retrieval_finite_weights(_platform(home))
     assert not result.passed
     assert name in (result.description or "")
+
+
+def test_a_model_that_trained_on_its_test_targets_is_caught(home: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    assert model_checks.retrieval_no_leakage(_platform(home)).passed
+    trained = storage.current(home / "runs" / DS, "retrieval_model") / "trained.parquet"
+    table = pq.read_table(trained).to_pydict()
+    pq.write_table(pa.table(table | {"num_exposures": [end + 2 for end in table["num_exposures"]]}), trained)
+    result = model_checks.retrieval_no_leakage(_platform(home))
+    assert not result.passed
+    assert "users' test targets are among their training exposures" in (result.description or "")
+
+
+def test_a_bundle_is_of_the_evaluated_model_on_the_current_sequences(home: Path) -> None:
+    from gr_platform.bundle.export import export
+
+    runs = home / "runs" / DS
+    folder = storage.current(runs, "ranking_model")
+    manifest = storage.read_manifest(folder)
+    other = shutil.copytree(folder, runs / "ranking_model-other")
+    storage.write_manifest(other, kind=manifest.kind, spec=manifest.spec | {"seed": 2}, facts=manifest.facts)
+    storage.point(runs, "ranking_model", other)
+    with pytest.raises(UserError, match="ranking model of simulated is not evaluated yet"):
+        export(home, DS, "ranking")
+    storage.write_manifest(other, kind=manifest.kind, spec=manifest.spec | {"sequences": "x"}, facts=manifest.facts)
+    with pytest.raises(UserError, match="ranking model of simulated was trained on other sequences"):
+        export(home, DS, "ranking")
 
 
 def test_lost_rows_break_conservation(home: Path) -> None:
@@ -144,13 +173,13 @@ def test_lost_rows_break_conservation(home: Path) -> None:
 
     file = next((home / "events" / DS).rglob("events-*.parquet"))
     pq.write_table(pq.read_table(file).slice(1), file)
-    assert not checks.events_conservation(_platform(home)).passed
+    assert not data_checks.events_conservation(_platform(home)).passed
 
 
 def test_an_undeclared_action_breaks_the_schema(home: Path) -> None:
     toml = home / "landing" / DS / "dataset.toml"
     toml.write_text(toml.read_text().replace('"purchase"', '"return"'))
-    result = checks.events_schema(_platform(home))
+    result = data_checks.events_schema(_platform(home))
     assert "action 'purchase' is not declared" in (result.description or "")
 
 

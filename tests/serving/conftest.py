@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from gr_platform import storage
 from gr_platform.bundle.export import expected_scores
 from gr_platform.bundle.golden import GoldenRequest
-from gr_platform.bundle.load import Bundle, load
+from gr_platform.bundle.load import Bundle, load, model_digest
 from gr_platform.models.build import Model, build_model
 from gr_platform.sequences.window import window_start
 from serving import repository
@@ -99,6 +99,8 @@ def rewritten(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
         manifest = storage.read_manifest(folder)
         facts = dict(manifest.facts)
         change(folder, facts)
+        files = {name: storage.file_sha256(folder / name) for name in manifest.files}
+        facts["model_digest"] = model_digest(facts, files)
         storage.write_manifest(folder, kind=manifest.kind, spec={"rewritten": True}, facts=facts)
         return folder
 

@@ -8,8 +8,8 @@ import pytest
 
 from serving import backend
 from serving.backend import DownstreamError, ModelSettings
-from serving.engine.requests import InvalidRequestError
-from serving.wire import decode_ids, decode_rank, encode_ids
+from serving.engine.requests import MAX_EVENTS, InvalidRequestError
+from serving.wire import MAX_ID_BYTES, decode_ids, decode_rank, encode_ids
 
 
 class FakeTritonError:
@@ -61,6 +61,19 @@ def test_text_ids_survive_the_wire_and_invalid_utf8_is_named():
     assert encode_ids(np.array([1, 2])).dtype == np.int64
     with pytest.raises(InvalidRequestError, match=r"CANDIDATES\[1\] is not valid UTF-8"):
         decode_ids(np.array([b"a", b"\xff"], dtype=object), "CANDIDATES")
+
+
+def test_a_text_longer_than_an_id_may_be_is_named_and_never_decoded():
+    good, long = b"x" * MAX_ID_BYTES, b"x" * (MAX_ID_BYTES + 1)
+    assert len(decode_ids(np.array([good], dtype=object), "CANDIDATES")[0]) == MAX_ID_BYTES
+    with pytest.raises(InvalidRequestError, match=r"CANDIDATES\[1\] has 1025 bytes"):
+        decode_ids(np.array([good, long], dtype=object), "CANDIDATES")
+
+
+def test_more_entries_than_allowed_are_refused_before_any_is_decoded():
+    undecodable = np.full((1, MAX_EVENTS + 1), b"\xff", dtype=object)
+    with pytest.raises(InvalidRequestError, match="HISTORY_ITEMS holds 100001 entries, at most 100000"):
+        decode_rank({"HISTORY_ITEMS": undecodable})
 
 
 @pytest.mark.parametrize("shape", [(3,), (2, 3), (1, 3, 1), (0, 3)])

@@ -122,6 +122,15 @@ def test_the_recommender_returns_the_best_of_the_retrieved_by_mean_probability(c
     assert again.cached_tokens == 25 + 51
 
 
+def test_many_callers_at_once_are_all_answered_within_the_clients_default_deadline(server):
+    def ask(seed: int) -> int:
+        history = user(700 + seed % 8, 20)
+        return len(client.recommend(history, k=5, request_time=after(history)).items)
+
+    with Client(server.grpc_address) as client, ThreadPoolExecutor(64) as pool:
+        assert list(pool.map(ask, range(320))) == [5] * 320
+
+
 def test_defined_answers_of_odd_requests(client):
     history = user(8, 5)
     nothing = user(8, 0)
@@ -252,6 +261,26 @@ def test_ids_of_the_wrong_type_are_refused(client):
         client.score(history, ["x"], request_time=after(history))
     with pytest.raises(ServingError, match="must be int64"):
         client.score(history, np.array([1000.0]), request_time=after(history))
+
+
+@pytest.mark.parametrize(
+    ("field", "changes", "k"),
+    [
+        ("HISTORY_TIMES", {"times": [1000.9]}, 3),
+        ("HISTORY_TIMES", {"times": [None]}, 3),
+        ("HISTORY_TIMES", {"times": np.array(["2026-01-01"], "datetime64[ms]")}, 3),
+        ("HISTORY_ACTIONS", {"actions": [1.9]}, 3),
+        ("HISTORY_ACTIONS", {"actions": [True]}, 3),
+        ("HISTORY_ACTIONS", {"actions": np.array([[1]])}, 3),
+        ("item ids", {"items": [1000, "x"]}, 3),
+        ("K", {}, 2.9),
+    ],
+)
+def test_what_is_no_integer_is_refused_and_never_cut(client, field, changes, k):
+    history = replace(user(3, 1), **changes)
+    with pytest.raises(ServingError, match=rf"^{field} must be ") as error:
+        client.recommend(history, k=k, request_time=after(user(3, 1)))
+    assert error.value.code == "INVALID_ARGUMENT"
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 import os
 import shutil
 
+import pyarrow.parquet as pq
 import pytest
 
 from gr_platform import settings
@@ -18,6 +19,15 @@ def set_dataset(name):
     return change
 
 
+def set_actions(folder, facts):
+    facts["declaration"] = facts["declaration"] | {"actions": ["view", "like", "purchase", "share"]}
+
+
+def set_vocabulary(folder, facts):
+    table = pq.read_table(folder / "vocabulary.parquet")
+    pq.write_table(table.take(list(range(len(table)))[::-1]), folder / "vocabulary.parquet")
+
+
 def test_a_pair_becomes_three_models_that_name_no_absolute_path(tmp_path, pair):
     published = publish(tmp_path, pair["retrieval"], pair["ranking"])
     link = tmp_path / "model_repository"
@@ -28,6 +38,7 @@ def test_a_pair_becomes_three_models_that_name_no_absolute_path(tmp_path, pair):
         config = (link / model / "config.pbtxt").read_text()
         assert config.count("allow_ragged_batch: true") == config.split("output [")[0].count("data_type")
         assert "$" not in config
+        assert "queue_policy" not in config, "a queue policy makes requests wait 500 ms (see the comment there)"
     assert (link / "gr_ranker/1/bundle/score.onnx").is_file()
     assert (link / "gr_retriever/1/bundle/item_vectors.safetensors").is_file()
     for file in published.folder.rglob("*"):
@@ -59,6 +70,10 @@ def test_bundles_that_do_not_go_together_are_refused_and_the_last_pair_stays(tmp
     other = rewritten(pair["ranking"], set_dataset("elsewhere"))
     with pytest.raises(UserError, match=r"different data sets, random .* and elsewhere"):
         publish(tmp_path, pair["retrieval"], other)
+    with pytest.raises(UserError, match="different actions"):
+        publish(tmp_path, pair["retrieval"], rewritten(pair["ranking"], set_actions))
+    with pytest.raises(UserError, match="different vocabularies"):
+        publish(tmp_path, pair["retrieval"], rewritten(pair["ranking"], set_vocabulary))
     damaged = shutil.copytree(pair["ranking"], tmp_path / "damaged")
     (damaged / "score.onnx").write_bytes(b"")
     with pytest.raises(UserError, match=r"score\.onnx is corrupt"):

@@ -1,5 +1,6 @@
 """The model server comes up, changes its models, says why it does not, and leaves nothing behind."""
 
+import errno
 import json
 import os
 import re
@@ -18,6 +19,7 @@ import pytest
 
 from gr_platform.errors import UserError
 from serving import repository
+from serving import server as server_module
 from serving.client import Client, ServingError
 from serving.engine.requests import History
 from serving.handle import ServerHandle, attach, last_useful_line, record_path
@@ -32,7 +34,6 @@ def with_text_ids(folder: Path, facts: dict) -> None:
     ids = pa.array([f"item-{i}" for i in table["item_id"].to_pylist()])
     pq.write_table(table.set_column(table.column_names.index("item_id"), "item_id", ids), folder / "vocabulary.parquet")
     facts["declaration"] = facts["declaration"] | {"item_id_type": "string", "exclude_seen": "all"}
-    facts["model_digest"] = "text-" + facts["model_digest"]
 
 
 def with_broken_graph(folder: Path, facts: dict) -> None:
@@ -62,7 +63,8 @@ def test_new_models_replace_the_old_under_load_and_a_broken_one_does_not(server,
     codes = []
 
     def keep_asking() -> None:
-        with Client(server.grpc_address) as other:
+        # Three models load on the same cores meanwhile, so an answer may take its time.
+        with Client(server.grpc_address, deadline_s=120) as other:
             other.metadata()
             while not codes:
                 try:
@@ -82,6 +84,11 @@ def test_new_models_replace_the_old_under_load_and_a_broken_one_does_not(server,
             answer = swapped.score(as_text(history), ["item-1000", "item-1001"], request_time=request_time)
             assert answer.cached_tokens == 0
             np.testing.assert_allclose(answer.scores, expected, rtol=1e-5)
+            for bad in (1, "\ud800"):
+                with pytest.raises(ServingError, match="item ids must be text"):
+                    swapped.score(as_text(history), ["item-1000", bad], request_time=request_time)
+            with pytest.raises(ServingError, match=r"CANDIDATES\[0\] has 2000 bytes"):
+                swapped.score(as_text(history), ["x" * 2000], request_time=request_time)
             found = swapped.recommend(as_text(history), k=500, request_time=request_time, exclude=["item-1003"])
             assert not {*as_text(history).items, "item-1003"} & set(found.items)
             assert len(swapped.retrieve(as_text(user(1, 0)), k=3, request_time=1).items) == 3
@@ -108,6 +115,36 @@ def test_a_running_server_is_found_and_a_second_one_refused(server, client, home
     assert again.cached_tokens == 41, "an unchanged model was loaded again and lost its cache"
     with pytest.raises(UserError, match="runs already"):
         EmbeddedServer(home).start()
+
+
+def test_of_two_starts_at_once_one_is_refused_and_none_is_lost(tmp_path):
+    with ThreadPoolExecutor(2) as pool:
+        starts = [pool.submit(EmbeddedServer(tmp_path).start) for _ in range(2)]
+        errors = [start.exception() for start in starts]
+    refused = [str(error) for error in errors if error is not None]
+    assert len(refused) == 1
+    assert re.search("is being started right now|runs already", refused[0])
+    handle = attach(tmp_path)
+    assert handle is not None
+    handle.stop()
+    assert remains(handle) == []
+
+
+def test_a_server_that_cannot_be_recorded_is_stopped_again(tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(server_module.storage, "write_text", full)
+    starting, spawned = EmbeddedServer(tmp_path), []
+    monkeypatch.setattr(
+        ServerHandle,
+        "with_process",
+        lambda self, pid, of=ServerHandle.with_process: spawned.append(of(self, pid)) or spawned[0],
+    )
+    with pytest.raises(OSError, match="No space left"):
+        starting.start()
+    assert not spawned[0].alive
+    assert remains(spawned[0]) == []
 
 
 def test_a_port_in_use_is_one_sentence(tmp_path):

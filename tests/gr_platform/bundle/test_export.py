@@ -1,6 +1,8 @@
 """A bundle says what its model said, and a damaged one is refused."""
 
+import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,6 +12,7 @@ from gr_platform.bundle.compute import concat_kv
 from gr_platform.bundle.load import load
 from gr_platform.bundle.verify import parity
 from gr_platform.errors import UserError
+from gr_platform.models.recipes import tiny
 from gr_platform.models.tokens import ranking_tokens
 
 NUM_ITEMS = 200
@@ -79,3 +82,28 @@ def test_the_model_digest_changes_with_weights_and_not_with_metrics(tmp_path, ra
     same = load(random_bundle(tmp_path / "b", "retrieval", metrics={"hr_at_10": 0.9}))
     other = load(random_bundle(tmp_path / "c", "retrieval", seed=5))
     assert first.digest == same.digest != other.digest
+    longer = tiny("retrieval").model
+    changed = {
+        "constant": {"config": replace(longer, max_events=longer.max_events + 1)},
+        "actions": {"actions": ("view", "like", "share"), "positives": ("view",), "tasks": {"like": ("like",)}},
+        "vocabulary": {"item_ids": [f"item-{i}" for i in range(NUM_ITEMS)]},
+    }
+    digests = {name: load(random_bundle(tmp_path / name, "retrieval", **what)).digest for name, what in changed.items()}
+    assert len({first.digest, *digests.values()}) == 1 + len(changed)
+
+
+def test_a_manifest_changed_after_the_export_is_refused(bundle_folder, tmp_path):
+    changes = {
+        "longer window": lambda facts: facts["config"].update(max_events=1000),
+        "other buckets": lambda facts: facts["time_thresholds_ms"].__setitem__(3, 5),
+        "other digest": lambda facts: facts.update(model_digest="0" * 40),
+        "a fact gone": lambda facts: facts.pop("tasks"),
+        "another fact gone": lambda facts: facts.pop("microbatch_size"),
+    }
+    for name, change in changes.items():
+        folder = shutil.copytree(bundle_folder, tmp_path / name)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        change(manifest["facts"])
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        with pytest.raises(UserError, match=f"the manifest of bundle {name}"):
+            load(folder)

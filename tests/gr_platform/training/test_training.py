@@ -7,6 +7,7 @@ from safetensors.torch import load_file
 
 from gr_platform.errors import UserError
 from gr_platform.evaluation.protocols import evaluate_ranking, evaluate_retrieval, rank_by_popularity, retrieval_facts
+from gr_platform.models.build import build_model
 from gr_platform.models.recipes import tiny
 from gr_platform.training import epoch as epoch_module
 from gr_platform.training import loop
@@ -167,6 +168,23 @@ def test_no_batch_holds_a_held_out_event_and_every_user_comes_once(cycle_dataset
                 assert times.max() < held_out
             seen += rows[chosen].tolist()
         assert sorted(seen) == rows.tolist()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_position_that_answers_a_full_window_is_trained(make_dataset, kind):
+    config = tiny(kind).model
+    users = [[(step % 20, 1 + step % 2, 1000 * step) for step in range(config.max_events + 1)]]
+    dataset = make_dataset(users, 20)
+    batch = training_batch(dataset, np.array([0]), np.array([config.max_events + 1]), config)
+    model = build_model(config, num_rows=dataset.vocabulary.num_rows, num_actions=2, tasks=["like"])
+    if kind == "retrieval":
+        loss, _ = model.loss(batch, negatives=torch.arange(5, 15), positive_mask=0b11)
+    else:
+        loss, _ = model.loss(batch, task_masks=[0b10])
+    loss.backward()
+    answering = config.max_events if kind == "retrieval" else 2 * config.max_events + 1
+    assert model.embedding.positions.grad[answering].abs().sum() > 0
+    assert model.encoder.layers[0].pos_weight.grad[answering] != 0
 
 
 def test_order_is_a_function_of_seed_and_epoch():

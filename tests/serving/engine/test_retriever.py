@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
+from gr_platform.models.tokens import retrieval_tokens
 from serving.engine.requests import History, RetrieveRequest
 from serving.engine.retriever import Retriever, top_k
 from tests.serving.engine.toy import FIRST_ITEM, NUM_ITEMS, history, some_history, toy_bundle
@@ -70,10 +71,13 @@ def test_an_empty_history_is_answered_and_not_cached() -> None:
 
 
 def test_scores_are_dot_products_over_the_temperature() -> None:
-    retriever = fresh()
-    result = ask(retriever, history([(110, 1, 5)]), k=1)
-    bundle = retriever._bundle
-    assert abs(result.scores[0]) <= 1 / bundle.config.temperature + 1e-3
+    bundle = toy_bundle("retrieval")
+    past = history([(110, 1, 5)])
+    result = ask(Retriever(bundle, cache_bytes=0, num_threads=1), past, k=NUM_ITEMS)
+    tokens = retrieval_tokens(past.items - 100, past.actions, past.times, LATE)
+    user = bundle.toy.encode(tokens, bundle.toy.empty())[0][-1]
+    expected = bundle.item_vectors[result.items - 100] @ user / np.linalg.norm(user) / bundle.config.temperature
+    np.testing.assert_allclose(result.scores, expected, rtol=1e-5)
 
 
 @given(strategies.lists(strategies.sampled_from([-np.inf, -1.0, 0.0, 0.5, 2.0]), min_size=1), strategies.integers(1, 9))
