@@ -29,6 +29,8 @@ def events(platform: Platform) -> dg.MaterializeResult:
             "rows_in": result.rows_in,
             "rows_kept": result.rows_kept,
             "duplicates": result.duplicates,
+            # Without what was landed on several days: the rows that later stages read.
+            "num_events": clean.query("SELECT count(*) AS n FROM events")["n"][0].as_py(),
             "quarantined": sum(result.quarantined.values()),
             **{f"quarantined_{rule}": count for rule, count in result.quarantined.items()},
         },

@@ -1,14 +1,16 @@
 """Where a run works and on what: the state folder, the data set, the recipe.
 
 Invariant: an empty field means the default of the process that runs the asset, so the same definitions serve a
-test, the command line and the UI.
+test, the command line and the UI. A run keeps to one data set and is alone in its state folder, whoever started it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import dagster as dg
 
-from gr_platform import settings
+from gr_platform import settings, storage
 
 
 class Platform(dg.ConfigurableResource):
@@ -16,6 +18,12 @@ class Platform(dg.ConfigurableResource):
 
     home: str = ""
     dataset: str = ""
+
+    @contextmanager
+    def yield_for_execution(self, context: dg.InitResourceContext) -> "Iterator[Platform]":
+        """Hold the state folder for the run, with the data set settled: a later import must not switch it half-way."""
+        with storage.exclusive(self.folder(), "stages"):
+            yield Platform(home=str(self.folder()), dataset=self.dataset_name())
 
     def folder(self) -> Path:
         """Return the absolute state folder."""

@@ -14,7 +14,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from gr_platform import settings
-from gr_platform.commands import logs
+from gr_platform.commands import logs, options
 from gr_platform.errors import UserError, sentence_for
 
 app = typer.Typer(
@@ -25,13 +25,7 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-Dataset = Annotated[str | None, typer.Option(help="Data set; default: GR_DATASET, else the one imported last.")]
-Recipe = Annotated[str, typer.Option(help="tiny, small or ml_1m; auto picks one for the data set.")]
-Format = Annotated[str, typer.Option(help="auto, csv, jsonl, parquet or movielens.")]
-INTERRUPTED, MAX_PORT = 130, 65535
-GrpcPort = Annotated[int, typer.Option(help="Model server: gRPC.", min=0, max=MAX_PORT)]
-HttpPort = Annotated[int, typer.Option(help="Model server: HTTP.", min=0, max=MAX_PORT)]
-MetricsPort = Annotated[int, typer.Option(help="Model server: metrics.", min=0, max=MAX_PORT)]
+INTERRUPTED = 130
 
 
 def main() -> None:
@@ -51,11 +45,16 @@ def main() -> None:
         sys.exit(2)
 
 
+@app.callback()
+def global_options(show_version: options.ShowVersion = False) -> None:
+    """Take what stands before a command."""
+
+
 @app.command()
 def demo(
     data: Annotated[Path | None, typer.Option(help="Your log; default: simulated data.")] = None,
-    format: Format = "auto",
-    recipe: Recipe = "auto",
+    format: options.Format = "auto",
+    recipe: options.Recipe = "auto",
     num_events: Annotated[int, typer.Option(help="Size of the simulated log.")] = 200_000,
 ) -> None:
     """Do the whole main job: import, train, evaluate, register, export, serve, ask.
@@ -64,22 +63,24 @@ def demo(
     """
     from gr_platform.commands.demo import DemoOptions, run
 
-    options = DemoOptions(data=data, format=format, recipe=recipe, num_events=num_events)
-    run(settings.home(), settings.dagster_home(), options, Console())
+    wanted = DemoOptions(data=data, format=format, recipe=recipe, num_events=num_events)
+    run(settings.home(), settings.dagster_home(), wanted, Console())
 
 
 @app.command("import")
 def import_(
     source: Annotated[Path, typer.Argument(help="The log: a CSV, JSON Lines or Parquet file, or MovieLens ratings.")],
-    format: Format = "auto",
-    dataset: Annotated[str | None, typer.Option(help="Data set to add to; default: from the file's name.")] = None,
-    user_column: Annotated[str | None, typer.Option(help="Column of the user's id.")] = None,
-    item_column: Annotated[str | None, typer.Option(help="Column of the item's id.")] = None,
-    action_column: Annotated[str | None, typer.Option(help="Column of the action's name.")] = None,
-    time_column: Annotated[str | None, typer.Option(help="Column of the event's time.")] = None,
-    value_column: Annotated[str | None, typer.Option(help="Column of a rating or another number.")] = None,
-    time_unit: Annotated[str, typer.Option(help="auto, s, ms, us, ns or iso.")] = "auto",
-    ingest_date: Annotated[str | None, typer.Option(help="Partition YYYY-MM-DD; default: today.")] = None,
+    format: options.Format = "auto",
+    dataset: options.NewDataset = None,
+    user_column: options.UserColumn = None,
+    item_column: options.ItemColumn = None,
+    action_column: options.ActionColumn = None,
+    time_column: options.TimeColumn = None,
+    value_column: options.ValueColumn = None,
+    event_id_column: options.EventIdColumn = None,
+    time_unit: options.TimeUnit = "auto",
+    exclude_seen: options.ExcludeSeen = None,
+    ingest_date: options.IngestDate = None,
 ) -> None:
     """Import a log into the landing folder; columns that are not named are guessed and shown.
 
@@ -97,12 +98,14 @@ def import_(
         action_column=action_column,
         time_column=time_column,
         value_column=value_column,
+        event_id_column=event_id_column,
         time_unit=time_unit,
+        exclude_seen=exclude_seen,
         ingest_date=ingest_date,
     )
     state = "was imported before" if landed.reused else "imported"
     _say(f"{source.name} {state}: {landed.num_rows:,} rows in data set {landed.dataset}, date {landed.ingest_date}")
-    _say("understood as (options override it, see gr import --help):")
+    _say(f"understood as (options and landing/{landed.dataset}/dataset.toml in the state folder override it):")
     for name, value in landed.guesses.items():
         _say(f"  {name:<12} {value}")
     _say("next: gr materialize")
@@ -112,7 +115,7 @@ def import_(
 def simulate(
     out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
     num_events: Annotated[int, typer.Option(help="About how many events.")] = 200_000,
-    seed: Annotated[int, typer.Option(help="Same seed, same log.")] = 7,
+    seed: Annotated[int, typer.Option(help="Same seed, same log.", min=0)] = 7,
 ) -> None:
     """Write a synthetic log: views, likes and purchases of drifting tastes.
 
@@ -128,8 +131,8 @@ def simulate(
 @app.command()
 def materialize(
     select: Annotated[list[str] | None, typer.Option(help="Asset to run (repeat for more); default: all.")] = None,
-    dataset: Dataset = None,
-    recipe: Recipe = "auto",
+    dataset: options.Dataset = None,
+    recipe: options.Recipe = "auto",
 ) -> None:
     """Run the asset graph, or single assets of it; what is up to date is reused.
 
@@ -144,7 +147,9 @@ def materialize(
 
 
 @app.command()
-def serve(grpc_port: GrpcPort = 8001, http_port: HttpPort = 8000, metrics_port: MetricsPort = 8002) -> None:
+def serve(
+    grpc_port: options.GrpcPort = 8001, http_port: options.HttpPort = 8000, metrics_port: options.MetricsPort = 8002
+) -> None:
     """Run the model server with the deployed pair until Ctrl-C; prints its addresses.
 
     Example: gr serve --grpc-port 9001
@@ -157,11 +162,11 @@ def serve(grpc_port: GrpcPort = 8001, http_port: HttpPort = 8000, metrics_port: 
 
 @app.command()
 def up(
-    dagster_port: Annotated[int, typer.Option(help="Dagster's UI.", min=1, max=MAX_PORT)] = 3000,
-    mlflow_port: Annotated[int, typer.Option(help="MLflow's UI.", min=1, max=MAX_PORT)] = 5000,
-    grpc_port: GrpcPort = 8001,
-    http_port: HttpPort = 8000,
-    metrics_port: MetricsPort = 8002,
+    dagster_port: options.DagsterPort = 3000,
+    mlflow_port: options.MlflowPort = 5000,
+    grpc_port: options.GrpcPort = 8001,
+    http_port: options.HttpPort = 8000,
+    metrics_port: options.MetricsPort = 8002,
 ) -> None:
     """Start Dagster (UI and daemon), the MLflow UI and the model server, all on 127.0.0.1, and print their addresses.
 
@@ -175,8 +180,10 @@ def up(
     )
     for running in services.up(home, services.platform_services(home, settings.dagster_home(), ports)):
         _say(f"{running.name:<18} {running.address or 'running'}")
-    if not services.has_models(home):
-        _say(f"{'model-server':<18} not started: no model is deployed yet; run gr materialize, then gr up again")
+    if served := services.foreign_server(home):
+        _say(f"{services.MODEL_SERVER:<18} grpc://{served.grpc_address}  (runs already, gr down leaves it running)")
+    elif not services.has_models(home):
+        _say(f"{services.MODEL_SERVER:<18} not started: no model is deployed yet; run gr materialize, then gr up again")
     _say("stop them with: gr down")
 
 
@@ -186,7 +193,9 @@ def down() -> None:
     from gr_platform.commands import services
 
     stopped = services.down(settings.home())
-    _say(f"stopped {', '.join(stopped)}" if stopped else "nothing was running")
+    _say(f"stopped {', '.join(stopped)}" if stopped else "nothing was running that gr up started")
+    if served := services.foreign_server(settings.home()):
+        _say(f"the model server at {served.grpc_address} goes on: Ctrl-C where gr serve runs stops it")
 
 
 @app.command()
@@ -213,11 +222,9 @@ def doctor() -> None:
 
 @app.command()
 def recommend(
-    user: Annotated[str, typer.Option(help="A user of the served data set.")],
+    user: options.User,
     k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
-    at: Annotated[
-        int | None, typer.Option(help="Time of the request, ms UTC; default: that of the last event.")
-    ] = None,
+    at: options.RequestTime = None,
 ) -> None:
     """Ask the running model server for the best items for a user.
 
@@ -234,21 +241,19 @@ def recommend(
 
 @app.command()
 def score(
-    user: Annotated[str, typer.Option(help="A user of the served data set.")],
-    items: Annotated[str, typer.Option(help="Item ids, separated by commas.")],
-    at: Annotated[
-        int | None, typer.Option(help="Time of the request, ms UTC; default: that of the last event.")
-    ] = None,
+    user: options.User,
+    items: options.Items,
+    at: options.RequestTime = None,
 ) -> None:
     """Ask the running model server how likely each action of a user on given items is.
 
     Example: gr score --user 42 --items 17,4,99
     """
     from gr_platform.commands import display
-    from gr_platform.commands.query import Asker
+    from gr_platform.commands.query import Asker, split_ids
 
     with Asker(settings.home()) as asker:
-        answer = asker.score(user, [item.strip() for item in items.split(",") if item.strip()], at)
+        answer = asker.score(user, split_ids(items), at)
         Console().print(display.answer_table(f"Probabilities for user {user}", answer, asker.tasks))
     _say(f"{answer.milliseconds:.1f} ms, {answer.cached_tokens} tokens cached")
 

@@ -17,8 +17,12 @@ class UserError(ValueError):
 
 
 def sentence_for(error: BaseException) -> str | None:
-    """Return what to tell the user about an error they can mend, None for a defect of ours."""
-    return str(error) if isinstance(error, UserError) else machine_fault(error)
+    """Return what to tell the user about an error they can mend, None for a defect of ours.
+
+    Dagster and others wrap what a stage raised, so the causes are asked too.
+    """
+    ours = next((each for each in _chain(error) if isinstance(each, UserError)), None)
+    return str(ours) if ours is not None else machine_fault(error)
 
 
 def machine_fault(error: BaseException) -> str | None:
@@ -37,8 +41,10 @@ def machine_fault(error: BaseException) -> str | None:
     return None
 
 
-def _chain(error: BaseException) -> Iterator[BaseException]:
-    following: BaseException | None = error
-    while following is not None:
+def _chain(error: BaseException | None) -> Iterator[BaseException]:
+    # Errors that were raised again elsewhere (Dagster does) can name each other as their causes.
+    following, met = error, set[int]()
+    while following is not None and id(following) not in met:
+        met.add(id(following))
         yield following
         following = following.__cause__ or following.__context__

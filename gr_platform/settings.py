@@ -13,8 +13,11 @@ PROJECT_ROOT = Path(__file__).resolve().parent.parent
 
 
 def home() -> Path:
-    """Return the absolute folder of all state: `GR_HOME`, or `var/` in the project."""
-    return Path(os.environ.get("GR_HOME") or PROJECT_ROOT / "var").resolve()
+    """Return the absolute folder of all state: `GR_HOME`, or `var/` in the project. Raises UserError."""
+    folder = Path(os.environ.get("GR_HOME") or PROJECT_ROOT / "var").resolve()
+    if set("%?") & set(str(folder)):
+        raise UserError("GR_HOME has a % or ? in its path, which the address of a database cannot hold; choose another")
+    return folder
 
 
 def dagster_home() -> Path:

@@ -10,7 +10,8 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,8 @@ from gr_platform.errors import UserError
 SCHEMA_VERSION = 1
 MANIFEST = "manifest.json"
 LEFTOVER_AGE_S = 2 * 24 * 3600
+# How folders are named while something is made in them.
+TEMPORARY = (".building-", ".retired-", ".landing-", ".spill-")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -139,7 +142,7 @@ def ensure(parent: Path, kind: str, spec: Mapping[str, Any], build: Callable[[Pa
         except UserError:
             shutil.rmtree(folder)
     parent.mkdir(parents=True, exist_ok=True)
-    _sweep(parent)
+    sweep(parent)
     building = Path(tempfile.mkdtemp(dir=parent, prefix=".building-"))
     try:
         facts = build(building)
@@ -156,11 +159,31 @@ def ensure(parent: Path, kind: str, spec: Mapping[str, Any], build: Callable[[Pa
     return Result(folder=folder, manifest=manifest, reused=False)
 
 
-def _sweep(parent: Path) -> None:
-    """Delete what killed tasks left behind; a task that still runs is not days old."""
-    for leftover in parent.glob(".building-*"):
-        if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE_S:
-            shutil.rmtree(leftover, ignore_errors=True)
+def sweep(parent: Path) -> None:
+    """Delete what killed tasks left behind in a folder; a task that still runs is not days old."""
+    for prefix in TEMPORARY:
+        for leftover in parent.glob(f"{prefix}*"):
+            if time.time() - leftover.stat().st_mtime > LEFTOVER_AGE_S:
+                shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def exclusive(home: Path, work: str, *, wait_s: float = 0.0) -> Iterator[None]:
+    """Be the only one on this machine who does `work` in a state folder; a process that dies gives the place up.
+
+    Nested calls of one process pass. Raises UserError if another does it and has not ended after `wait_s`.
+    """
+    # Imported here: the model server's Python reads results, but never changes them.
+    from filelock import FileLock, Timeout
+
+    home.mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(home / f".{work}.lock", is_singleton=True).acquire(timeout=wait_s):
+            yield
+    except Timeout:
+        raise UserError(
+            f"another program works on the {work} of this state folder; run this again when it has ended"
+        ) from None
 
 
 def write_manifest(folder: Path, *, kind: str, spec: Mapping[str, Any], facts: Mapping[str, Any]) -> Manifest:

@@ -21,7 +21,10 @@ _SHARED_MEMORY = Path("/dev/shm")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerHandle:
-    """A model server: where it listens and what identifies it. `admin_key` opens model control; keep it private."""
+    """A model server: where it listens and what identifies it. `admin_key` opens model control; keep it private.
+
+    owner_pid, owner_create_time: the program that started it and stops it when it ends itself.
+    """
 
     home: Path
     pid: int
@@ -31,6 +34,13 @@ class ServerHandle:
     http_address: str
     metrics_address: str
     admin_key: str
+    owner_pid: int
+    owner_create_time: float
+
+    @property
+    def orphaned(self) -> bool:
+        """Whether the program that started the server is gone, so that nobody will stop it."""
+        return processes.find(self.owner_pid, self.owner_create_time) is None
 
     @property
     def backend_folder(self) -> Path:

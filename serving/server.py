@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+import psutil
 import tritonclient.grpc as grpcclient
-from filelock import FileLock, Timeout
 
 from gr_platform import settings, storage
 from gr_platform.errors import UserError
@@ -58,18 +58,15 @@ class EmbeddedServer:
 
         Raises UserError if one runs already, a port is taken, or it does not come up in time (with the logged reason).
         """
-        self._home.mkdir(parents=True, exist_ok=True)
-        try:
-            # Two starts at once would both find no server, and the one recorded first would be lost.
-            with FileLock(self._home / ".server-start.lock", timeout=0):
-                return self._start(timeout_s)
-        except Timeout:
-            raise UserError("a model server of this state folder is being started right now; wait for it") from None
+        # Two starts at once would both find no server, and the one recorded first would be lost.
+        with storage.exclusive(self._home, "model-server"):
+            return self._start(timeout_s)
 
     def _start(self, timeout_s: float) -> ServerHandle:
         if running := attach(self._home):
             raise UserError(
-                f"a model server of this state folder runs already (gRPC at {running.grpc_address}); gr down stops it"
+                f"a model server of this state folder runs already (gRPC at {running.grpc_address}); end it first: "
+                + ("gr down" if running.orphaned else "gr down, or Ctrl-C where gr serve runs")
             )
         if stale := read_record(self._home):
             remove_leftovers(self._home, stale)
@@ -86,6 +83,8 @@ class EmbeddedServer:
             http_address=http,
             metrics_address=metrics,
             admin_key=secrets.token_urlsafe(24),
+            owner_pid=os.getpid(),
+            owner_create_time=psutil.Process().create_time(),
         )
         command = [str(installation.binary), *_arguments(handle, installation.tree / "caches", models)]
         self._handle = handle

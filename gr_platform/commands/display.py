@@ -1,6 +1,7 @@
 """What commands show: stage lines, tables of answers, key figures.
 
-Invariant: the only place besides the commands that writes to the terminal; it computes nothing.
+Invariant: the only place besides the commands that writes to the terminal; it computes nothing. What comes from a log
+(titles, ids, actions) is escaped: brackets in it are text, not markup.
 """
 
 import time
@@ -8,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from gr_platform.commands.query import UserAnswer
@@ -30,14 +32,16 @@ class StageLines:
         elif fields["event"] == "finished":
             self.line(fields["name"], fields["seconds"], fields["figures"], reused=fields["reused"])
         else:
-            self._console.print(f"  [red]x[/] {fields['name']}: {fields['reason']}")
+            self._console.print(f"  [red]x[/] {fields['name']}: {escape(fields['reason'])}")
 
     def line(self, name: str, seconds: float, figures: Mapping[str, Any], *, reused: bool = False) -> None:
         """Print one finished stage."""
         state = "[cyan]reused[/]" if reused else "[green]done[/]  "
         shown = list(figures.items())[:SHOWN_FIGURES]
         text = ", ".join(f"{key.removeprefix('num_').replace('_', ' ')} {_number(value)}" for key, value in shown)
-        self._console.print(f"  {state} {name:<16} {seconds:6.1f} s  [dim]{text}[/]", highlight=False, soft_wrap=True)
+        self._console.print(
+            f"  {state} {name:<16} {seconds:6.1f} s  [dim]{escape(text)}[/]", highlight=False, soft_wrap=True
+        )
 
     @property
     def seconds(self) -> float:
@@ -48,16 +52,16 @@ class StageLines:
 def answer_table(title: str, answer: UserAnswer, tasks: Sequence[str]) -> Table:
     """Return an answer as a table: place, item, title where there is one, probability a task."""
     with_titles = any(line.title for line in answer.lines)
-    grid = Table(title=title, title_justify="left")
+    grid = Table(title=escape(title), title_justify="left")
     grid.add_column("#", justify="right")
     grid.add_column("item")
     if with_titles:
         grid.add_column("title")
     for task in tasks:
-        grid.add_column(f"P({task})", justify="right")
+        grid.add_column(escape(f"P({task})"), justify="right")
     for place, line in enumerate(answer.lines, start=1):
         names = [str(line.item), line.title] if with_titles else [str(line.item)]
-        grid.add_row(str(place), *names, *(f"{line.scores[task]:.4f}" for task in tasks))
+        grid.add_row(str(place), *map(escape, names), *(f"{line.scores[task]:.4f}" for task in tasks))
     return grid
 
 
@@ -70,7 +74,9 @@ def quality_table(facts: Mapping[str, Any]) -> Table:
         grid.add_row(label, f"{facts['retrieval'][name]:.4f}", f"{facts['popularity'][name]:.4f}")
     for task, figures in facts["ranking"].items():
         # By definition what the base rate of the task scores, nothing measured.
-        grid.add_row(f"{task}: NE, AUC", f"{_number(figures['ne'])}, {_number(figures['auc'])}", "base rate: 1, 0.5")
+        grid.add_row(
+            escape(f"{task}: NE, AUC"), f"{_number(figures['ne'])}, {_number(figures['auc'])}", "base rate: 1, 0.5"
+        )
     return grid
 
 

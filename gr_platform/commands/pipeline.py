@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from gr_platform import settings
+from gr_platform import settings, storage
 from gr_platform.errors import UserError
 
 StageListener = Callable[[Mapping[str, Any]], None]
@@ -61,7 +61,7 @@ def materialize(
     }
     keys = [AssetKey(name) for name in chosen]
     opened = DagsterInstance.local_temp(str(dagster_home), overrides=TO_TERMINAL)
-    with opened as instance, _listening(on_stage) as finished:
+    with storage.exclusive(home, "stages"), opened as instance, _listening(on_stage) as finished:
         job.execute_in_process(run_config=run_config, instance=instance, asset_selection=keys)
     return finished
 

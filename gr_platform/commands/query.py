@@ -4,6 +4,7 @@ Invariant: the history comes from the current sequences of the data set that is 
 mean what they meant in training.
 """
 
+import csv
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -106,6 +107,11 @@ class Asker:
             for item, row in zip(answer.items.tolist(), answer.scores, strict=True)
         ]
         return UserAnswer(lines=lines, milliseconds=seconds * 1000, cached_tokens=answer.cached_tokens)
+
+
+def split_ids(text: str) -> list[str]:
+    """Return the ids of a comma-separated list; an id in double quotes may hold commas and outer spaces."""
+    return [item for item in next(csv.reader([text], skipinitialspace=True), []) if item]
 
 
 def _integer_id(text: str, ds: str) -> int:

@@ -19,14 +19,15 @@ from pathlib import Path
 
 import psutil
 
-from gr_platform import processes, settings
+from gr_platform import processes, settings, storage
 from gr_platform.errors import UserError
-from gr_platform.storage import write_text
+from serving.handle import ServerHandle, attach
 
 log = logging.getLogger(__name__)
 
 HOST = "127.0.0.1"
 RECORD = "services.json"
+MODEL_SERVER = "model-server"
 READY_S = 120.0
 # The model server drains requests for up to 30 s when it is told to stop.
 STOP_S = 40.0
@@ -66,7 +67,10 @@ class Running:
 
 
 def platform_services(home: Path, dagster_home: Path, ports: Ports) -> list[Service]:
-    """Return the services of a state folder in starting order; the model server only where a pair is deployed."""
+    """Return the services of a state folder in starting order.
+
+    The model server is one of them where a pair is deployed that no `gr serve` serves already.
+    """
     bin_folder = Path(sys.executable).parent
     code = ("-m", "gr_platform.definitions")
     dagster_env = {"DAGSTER_HOME": str(dagster_home)}
@@ -98,7 +102,8 @@ def platform_services(home: Path, dagster_home: Path, ports: Ports) -> list[Serv
             environment={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
         ),
     ]
-    return [*services, _model_server(ports)] if has_models(home) else services
+    serve = has_models(home) and foreign_server(home) is None
+    return [*services, _model_server(ports)] if serve else services
 
 
 def has_models(home: Path) -> bool:
@@ -109,7 +114,7 @@ def has_models(home: Path) -> bool:
 def _model_server(ports: Ports) -> Service:
     options = ("--http-port", str(ports.http), "--grpc-port", str(ports.grpc), "--metrics-port", str(ports.metrics))
     return Service(
-        name="model-server",
+        name=MODEL_SERVER,
         command=(sys.executable, "-m", "gr_platform.cli", "serve", *options),
         ports=(ports.http, ports.grpc, ports.metrics),
         address=f"grpc://{HOST}:{ports.grpc}  http://{HOST}:{ports.http}  http://{HOST}:{ports.metrics}/metrics",
@@ -122,32 +127,48 @@ def up(home: Path, services: Sequence[Service], *, timeout_s: float = READY_S) -
 
     Raises UserError if a port is taken or a service does not come up; then nothing this call started is left.
     """
-    known = {running.name: running for running in running_services(home)}
-    missing = [service for service in services if service.name not in known]
-    for service in missing:
-        for port in service.ports:
-            require_free(port, service.name)
-    (home / "logs").mkdir(parents=True, exist_ok=True)
-    started: dict[str, Running] = {}
-    try:
+    with storage.exclusive(home, "services"):
+        known = {running.name: running for running in running_services(home)}
+        missing = [service for service in services if service.name not in known]
         for service in missing:
-            started[service.name] = _start(home, service)
-            _record(home, [*known.values(), *started.values()])
-        for service in missing:
-            _wait_ready(started[service.name], service, timeout_s)
-    except BaseException:
-        _stop(list(started.values()))
-        _record(home, list(known.values()))
-        raise
-    return [(known | started)[service.name] for service in services]
+            for port in service.ports:
+                require_free(port, service.name)
+        (home / "logs").mkdir(parents=True, exist_ok=True)
+        started: dict[str, Running] = {}
+        try:
+            for service in missing:
+                started[service.name] = _start(home, service)
+                _record(home, [*known.values(), *started.values()])
+            for service in services:
+                _wait_ready((known | started)[service.name], service, timeout_s)
+        except BaseException:
+            _stop(list(started.values()))
+            _record(home, list(known.values()))
+            raise
+        return [(known | started)[service.name] for service in services]
 
 
 def down(home: Path) -> list[str]:
-    """Stop what `up` started and return the names of what was still running; calling it again does nothing."""
-    running = running_services(home)
-    _stop(running)
-    (home / RECORD).unlink(missing_ok=True)
-    return [service.name for service in running]
+    """Stop what `up` started and return the names of what was still running; calling it again does nothing.
+
+    A model server whose program was killed is nobody's any more: it is stopped too.
+    """
+    with storage.exclusive(home, "services", wait_s=READY_S):
+        running = running_services(home)
+        _stop(running)
+        (home / RECORD).unlink(missing_ok=True)
+        stopped = [service.name for service in running]
+        server = attach(home)
+        if server is not None and server.orphaned:
+            server.stop()
+            stopped.append(MODEL_SERVER)
+        return stopped
+
+
+def foreign_server(home: Path) -> ServerHandle | None:
+    """Return the model server that runs but that `up` did not start: one of `gr serve`."""
+    ours = any(service.name == MODEL_SERVER for service in running_services(home))
+    return None if ours else attach(home)
 
 
 def running_services(home: Path) -> list[Running]:
@@ -225,4 +246,4 @@ def _stop(services: Sequence[Running]) -> None:
 
 
 def _record(home: Path, services: Sequence[Running]) -> None:
-    write_text(home / RECORD, json.dumps([asdict(service) for service in services], indent=1) + "\n")
+    storage.write_text(home / RECORD, json.dumps([asdict(service) for service in services], indent=1) + "\n")

@@ -64,5 +64,5 @@ def _running(home: Path) -> Iterator[str]:
         else "model server  not running"
     )
     for service in services.running_services(home):
-        if service.name != "model-server":
+        if service.name != services.MODEL_SERVER:
             yield f"{service.name}  {service.address or 'running'}"

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import duckdb
 
-from gr_platform import settings
+from gr_platform import settings, storage
 
 MEMORY_LIMIT = "1200MB"
 
@@ -19,6 +19,7 @@ MEMORY_LIMIT = "1200MB"
 def connect(home: Path) -> Iterator[duckdb.DuckDBPyConnection]:
     """Yield an in-memory database that spills into a folder of its own under `home`, in UTC, without extensions."""
     home.mkdir(parents=True, exist_ok=True)
+    storage.sweep(home)
     with (
         # Two processes must not share a spill folder: DuckDB names its files by number alone.
         tempfile.TemporaryDirectory(dir=home, prefix=".spill-") as spill,

@@ -7,6 +7,7 @@ library is imported: the model server reads declarations too.
 import json
 import re
 import tomllib
+import zoneinfo
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any, Literal
@@ -50,6 +51,9 @@ class Declaration:
         for owner, names in {"positives": self.positives, **self.tasks}.items():
             if unknown := [name for name in names if name not in self.actions]:
                 raise ValueError(f"Declaration {owner} names {unknown}, which are not among the actions")
+        texts = {"time_zone": self.time_zone, **self.columns}
+        if wrong := next((name for name, value in texts.items() if not isinstance(value, str)), None):
+            raise ValueError(f"Declaration {wrong} is {texts[wrong]!r}, must be text")
         for label, value, allowed in (
             ("exclude_seen", self.exclude_seen, ("none", "all")),
             ("user_id_type", self.user_id_type, ("int64", "string")),
@@ -98,12 +102,14 @@ class Declaration:
         if unknown := sorted(set(fields) - set(known)):
             raise UserError(f"the data set declaration has unknown entries {', '.join(unknown)}; remove them")
         try:
-            known["actions"], known["positives"] = tuple(fields["actions"]), tuple(fields["positives"])
-            known["tasks"] = {task: tuple(names) for task, names in fields.get("tasks", {}).items()}
+            known["actions"] = _names("actions", fields["actions"])
+            known["positives"] = _names("positives", fields["positives"])
+            tasks = fields.get("tasks", {})
+            known["tasks"] = {task: _names(f"task {task}", names) for task, names in tasks.items()}
             return Declaration(**known)
         except KeyError as error:
             raise UserError(f"the data set declaration has no entry {error.args[0]}; add it") from None
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, AttributeError) as error:
             raise UserError(f"the data set declaration is not valid: {error}; edit dataset.toml") from None
 
     def to_toml(self) -> str:
@@ -122,7 +128,13 @@ class Declaration:
             fields = tomllib.loads(text)
         except tomllib.TOMLDecodeError as error:
             raise UserError(f"dataset.toml is not valid TOML ({error}); mend it or import the data again") from None
-        return Declaration.from_json(fields)
+        declared = Declaration.from_json(fields)
+        if declared.time_zone not in zoneinfo.available_timezones():
+            raise UserError(
+                f"dataset.toml names the time zone {declared.time_zone!r}, which there is not; write one such as "
+                "Europe/Berlin or UTC"
+            )
+        return declared
 
 
 def check_name(name: str) -> str:
@@ -133,6 +145,13 @@ def check_name(name: str) -> str:
             f"not starting with a sign, and not {' or '.join(map(repr, _RESERVED))}"
         )
     return name
+
+
+def _names(owner: str, value: Any) -> tuple[str, ...]:
+    """Return a list of names as it was written. Raises ValueError for anything else: a text is no list of letters."""
+    if not isinstance(value, list | tuple) or not value or not all(isinstance(name, str) for name in value):
+        raise ValueError(f"{owner} is {value!r}, must be a list of action names")
+    return tuple(value)
 
 
 def _toml(value: Any) -> str:

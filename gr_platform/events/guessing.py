@@ -33,7 +33,9 @@ _FLAGS = {
     "action": "--action-column",
     "value": "--value-column",
     "event_ts": "--time-column",
+    "event_id": "--event-id-column",
 }
+NO_COLUMN = "none"
 REQUIRED = ("user_id", "item_id", "event_ts")
 
 
@@ -42,14 +44,16 @@ def map_columns(
 ) -> dict[str, str]:
     """Return canonical name -> source column: as `named`, else as the data set `known` has it, else by common names.
 
+    An event id named `none` is left out: it is the one optional column whose guess can lose rows.
     Raises UserError if a named column is missing or a required one cannot be guessed.
     """
     mapping: dict[str, str] = {}
+    without = {"event_id"} if named.get("event_id") == NO_COLUMN and NO_COLUMN not in columns else set()
     for canonical, wanted in named.items():
-        if wanted is not None:
+        if wanted is not None and canonical not in without:
             mapping[canonical] = _present(path, columns, canonical, wanted)
     for canonical, names in _NAMES.items():
-        if canonical in mapping:
+        if canonical in mapping or canonical in without:
             continue
         if known and known.get(canonical) in columns:
             mapping[canonical] = known[canonical]

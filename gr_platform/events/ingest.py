@@ -30,6 +30,8 @@ from gr_platform.events.times import to_ms
 log = logging.getLogger(__name__)
 EVENTS = "events-0.parquet"
 QUARANTINE = "quarantine-0.parquet"
+# What makes two rows one event: their id, and without one everything they say.
+_SAME = "event_id, CASE WHEN event_id IS NULL THEN (user_id, item_id, action, value, event_ts) END"
 _COPY = "(FORMAT parquet, COMPRESSION zstd, ROW_GROUP_SIZE 122880)"
 
 
@@ -80,7 +82,12 @@ class CleanEvents:
 def _events_database(home: Path, files: list[Path], tables: dict[str, pa.Table]) -> Iterator[duckdb.DuckDBPyConnection]:
     with connect(home) as connection:
         names = ", ".join(literal(str(file)) for file in files)
-        connection.execute(f"CREATE VIEW events AS SELECT * FROM read_parquet([{names}], hive_partitioning=false)")
+        # A partition holds no row twice; the same log landed on two days does, and counts once.
+        once = f"QUALIFY row_number() OVER (PARTITION BY {_SAME} ORDER BY source_file, source_row) = 1"
+        connection.execute(
+            f"CREATE VIEW events AS SELECT * FROM read_parquet([{names}], hive_partitioning=false) "
+            f"{once if len(files) > 1 else ''}"
+        )
         for name, table in tables.items():
             connection.register(name, table)
         yield connection
@@ -164,6 +171,7 @@ def _partition(home: Path, parent: Path, date: str, files: list[LandedFile], dec
             if manifest.spec == spec:
                 return Partition(ingest_date=date, folder=folder, manifest=manifest, reused=True)
     parent.mkdir(parents=True, exist_ok=True)
+    storage.sweep(parent)
     building = Path(tempfile.mkdtemp(dir=parent, prefix=".building-"))
     try:
         facts = _build(home, building, files, declaration)
@@ -234,13 +242,11 @@ def _prepared(connection: duckdb.DuckDBPyConnection, file: LandedFile, declarati
 
 def _write(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
     """Write the valid events, each once, sorted by (user, event_ts, source order), and quarantined rows as found."""
-    # Rows without an event id are duplicates only where everything agrees.
     has_ids = connection.sql("SELECT count(event_id) > 0 FROM judged").fetchall()[0][0]
     if has_ids:
-        same = "event_id, CASE WHEN event_id IS NULL THEN (user_id, item_id, action, value, event_ts) END"
         unique = (
             "SELECT * FROM judged WHERE rule IS NULL "
-            f"QUALIFY row_number() OVER (PARTITION BY {same} ORDER BY source_file, source_row) = 1"
+            f"QUALIFY row_number() OVER (PARTITION BY {_SAME} ORDER BY source_file, source_row) = 1"
         )
     else:
         unique = (

@@ -21,10 +21,11 @@ import pyarrow.parquet as pq
 from gr_platform import storage
 from gr_platform.errors import UserError, machine_fault
 from gr_platform.events import catalogue
+from gr_platform.events.columns import landed_columns, row_column
 from gr_platform.events.database import connect, literal, quoted
 from gr_platform.events.declaration import Declaration, check_name
 from gr_platform.events.defaults import declare
-from gr_platform.events.guessing import default_name, map_columns
+from gr_platform.events.guessing import NO_COLUMN, default_name, map_columns
 from gr_platform.events.ledger import (
     Entry,
     LandedFile,
@@ -36,14 +37,15 @@ from gr_platform.events.ledger import (
     publish,
     titles,
 )
-from gr_platform.events.profile import INTEGER_TYPES, MISSING, Profile, action_sql, profile
+from gr_platform.events.profile import MIN_USERS, Profile, profile
 from gr_platform.events.readers import Source, open_source, unreadable
 from gr_platform.events.simulator import METADATA_KEY
 
 __all__ = ["LandedFile", "active_dataset", "import_file", "landed_files", "load_declaration", "titles"]
 
 log = logging.getLogger(__name__)
-_ROW = "gr_source_row"
+# Imports are short: one that finds another at work waits for it.
+IMPORT_WAIT_S = 600.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,7 +59,9 @@ class _Request:
 
     def agrees_with(self, entry: Entry, declaration: Declaration) -> bool:
         """Return whether everything named is what the ledger already has."""
-        columns = all(wanted is None or entry.columns.get(name) == wanted for name, wanted in self.columns.items())
+        columns = all(
+            wanted is None or entry.columns.get(name, NO_COLUMN) == wanted for name, wanted in self.columns.items()
+        )
         return (
             columns
             and self.time_unit in ("auto", entry.time_unit)
@@ -77,6 +81,7 @@ def import_file(
     action_column: str | None = None,
     time_column: str | None = None,
     value_column: str | None = None,
+    event_id_column: str | None = None,
     time_unit: str = "auto",
     ingest_date: str | None = None,
     exclude_seen: str | None = None,
@@ -84,8 +89,8 @@ def import_file(
     """Return the landed copy of a log, made the active data set; what is not named is guessed.
 
     Naming one column as action and value makes ratings actions: `rate_<value>`. ingest_date: YYYY-MM-DD, default today
-    (UTC). A file imported again with another meaning replaces its landed copy. Raises UserError for anything the user
-    can mend; the landing folder is unchanged then.
+    (UTC). event_id_column "none": there is none. A file imported again with another meaning replaces its landed copy.
+    Raises UserError for anything the user can mend; the landing folder is unchanged then.
     """
     columns = {
         "user_id": user_column,
@@ -93,11 +98,12 @@ def import_file(
         "action": action_column,
         "value": value_column,
         "event_ts": time_column,
+        "event_id": event_id_column,
     }
     request = _Request(
         columns=columns, time_unit=time_unit, ingest_date=_checked_date(ingest_date), exclude_seen=exclude_seen
     )
-    with connect(home) as connection:
+    with storage.exclusive(home, "landing", wait_s=IMPORT_WAIT_S), connect(home) as connection:
         opened = open_source(connection, Path(source), format)
         hints = _hints(opened)
         name = check_name(dataset or hints.get("name") or default_name(opened.path, opened.format))
@@ -180,15 +186,24 @@ def _build(
 ) -> tuple[Path, Profile]:
     """Write the landed Parquet into `staging`; return it and the log's profile."""
     wanted = ", ".join(quoted(column) for column in dict.fromkeys(mapping.values()))
-    rows = f"SELECT {wanted}, row_number() OVER () AS {quoted(_ROW)} FROM {source.relation}"
+    rows = f"SELECT {wanted}, row_number() OVER () AS {quoted(row_column(source))} FROM {source.relation}"
     relation = f"({rows})"
     try:
         if source.is_text:  # parsed once: the profile and the copy read the parsed text
             connection.execute(f"COPY ({rows}) TO {literal(str(staging / 'text.parquet'))} (FORMAT parquet)")
             relation = f"read_parquet({literal(str(staging / 'text.parquet'))})"
-        found = profile(connection, source.path, relation, source.columns, mapping, time_unit=time_unit, now_ms=now_ms)
+        found = profile(
+            connection,
+            source.path,
+            relation,
+            source.columns,
+            mapping,
+            time_unit=time_unit,
+            now_ms=now_ms,
+            min_users=0 if declared else MIN_USERS,
+        )
         selected = ", ".join(
-            f"{value} AS {name}" for name, value in _landed_columns(source, mapping, declared, found).items()
+            f"{value} AS {name}" for name, value in landed_columns(source, mapping, declared, found).items()
         )
         built = staging / "landed.parquet"
         connection.execute(
@@ -201,60 +216,6 @@ def _build(
             raise
         raise unreadable(source.path, error) from None
     return built, found
-
-
-def _landed_columns(
-    source: Source, mapping: dict[str, str], declared: Declaration | None, found: Profile
-) -> dict[str, str]:
-    """Return landed column -> SQL: ids in the data set's type, the rest as found."""
-    columns = {}
-    for name, id_type in (("user_id", found.user_id_type), ("item_id", found.item_id_type)):
-        source_type = source.columns[mapping[name]]
-        agreed = getattr(declared, f"{name}_type") if declared else id_type
-        # Text that happens to be all digits is still text where the data set's ids are.
-        if agreed != id_type and not (agreed == "string" and source_type == "VARCHAR"):
-            raise UserError(
-                f"column {mapping[name]!r} of {source.path.name} holds {id_type} ids, but {name} of this data set is "
-                f"{agreed}; import it as another --dataset"
-            )
-        columns[name] = _id_sql(quoted(mapping[name]), source_type, agreed)
-    columns["action"] = action_sql(mapping, found.ratings)
-    columns["value"] = _value_sql(source, mapping)
-    columns["event_ts"] = _time_sql(source, mapping)
-    columns["event_id"] = (
-        f"nullif({quoted(mapping['event_id'])}::VARCHAR, '')" if "event_id" in mapping else "NULL::VARCHAR"
-    )
-    columns["source_row"] = quoted(_ROW)
-    return columns
-
-
-def _id_sql(column: str, source_type: str, id_type: str) -> str:
-    if id_type == "string":
-        return f"nullif({column}::VARCHAR, '')"
-    if source_type in INTEGER_TYPES:
-        return f"{column}::BIGINT"
-    if source_type in ("DOUBLE", "FLOAT"):
-        return f"CASE WHEN isfinite({column}) THEN {column}::BIGINT END"
-    text = f"{column}::VARCHAR"
-    return f"CASE WHEN {text} <> '' AND lower({text}) NOT IN ({MISSING}) THEN {text}::BIGINT END"
-
-
-def _value_sql(source: Source, mapping: dict[str, str]) -> str:
-    if "value" not in mapping:
-        return "NULL::DOUBLE"
-    name = quoted(mapping["value"])
-    return name if source.columns[mapping["value"]] == "VARCHAR" else f"TRY_CAST({name} AS DOUBLE)"
-
-
-def _time_sql(source: Source, mapping: dict[str, str]) -> str:
-    name, kind = quoted(mapping["event_ts"]), source.columns[mapping["event_ts"]]
-    if "WITH TIME ZONE" in kind:
-        return name
-    if kind.startswith("TIMESTAMP") or kind == "DATE":
-        return f"{name}::TIMESTAMP"
-    if "INT" in kind:
-        return f"TRY_CAST({name} AS BIGINT)"
-    return f"{name}::DOUBLE" if kind in ("DOUBLE", "FLOAT") else f"{name}::VARCHAR"
 
 
 def _intact(folder: Path, entry: Entry) -> bool:
@@ -270,7 +231,17 @@ def _hints(source: Source) -> dict[str, Any]:
         metadata = pq.read_schema(source.path).metadata or {}
     except (OSError, pa.ArrowInvalid) as error:
         raise unreadable(source.path, error) from None
-    return json.loads(metadata.get(METADATA_KEY, b"{}"))
+    text = metadata.get(METADATA_KEY, b"{}")
+    try:
+        hints = json.loads(text)
+        valid = isinstance(hints, dict) and all(isinstance(name, str) for name in hints.get("actions", []))
+    except (ValueError, TypeError):
+        valid = False
+    if not valid:
+        raise UserError(
+            f"the metadata {METADATA_KEY.decode()} of {source.path.name} is no declaration; write the file without it"
+        )
+    return hints
 
 
 def _checked_date(text: str | None) -> str | None:

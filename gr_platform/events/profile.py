@@ -12,7 +12,7 @@ import duckdb
 from gr_platform.errors import UserError
 from gr_platform.events.database import quoted
 from gr_platform.events.declaration import MAX_ACTIONS, IdType
-from gr_platform.events.times import choose_unit
+from gr_platform.events.times import carries_zone, choose_unit
 
 MIN_USERS = 10
 INTERACTION = "interaction"
@@ -20,6 +20,8 @@ INTEGER_TYPES = ("TINYINT", "SMALLINT", "INTEGER", "BIGINT", "UTINYINT", "USMALL
 MISSING = "'nan', 'null', 'none', 'na', '\\N'"  # among integers these mean no id; among text they are text
 _CANONICAL_INTEGER = "'^(0|-?[1-9][0-9]*)$'"
 _MAX_RATINGS = 11
+# A log that was written twice over has one id for every two rows.
+MIN_UNIQUE_IDS = 0.3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,12 +45,17 @@ def profile(
     *,
     time_unit: str,
     now_ms: int,
+    min_users: int = MIN_USERS,
 ) -> Profile:
-    """Return the profile of a log given as a FROM clause. Raises UserError: no rows, few users, unreadable times."""
+    """Return the profile of a log given as a FROM clause.
+
+    Raises UserError: no rows, fewer than `min_users` users, unreadable times, an event id that identifies nothing.
+    """
     rows = _one(connection, f"SELECT count(*) FROM {relation}")
     if rows == 0:
         raise UserError(f"{path.name} holds no events (only a header or an empty table); give a log with events")
-    _check_users(connection, path, relation, mapping["user_id"])
+    _check_users(connection, path, relation, mapping["user_id"], min_users)
+    _check_event_ids(connection, path, relation, mapping)
     ratings = _is_rating(connection, relation, mapping)
     return Profile(
         num_rows=rows,
@@ -72,16 +79,35 @@ def action_sql(mapping: dict[str, str], ratings: bool) -> str:
     return f"'{INTERACTION}'"
 
 
-def _check_users(connection: duckdb.DuckDBPyConnection, path: Path, relation: str, column: str) -> None:
+def event_id_sql(mapping: dict[str, str]) -> str:
+    """Return SQL for the event id of a row: its text, NULL where it has none."""
+    if "event_id" not in mapping:
+        return "NULL::VARCHAR"
+    text = f"{quoted(mapping['event_id'])}::VARCHAR"
+    return f"CASE WHEN {text} <> '' AND lower({text}) NOT IN ({MISSING}) THEN {text} END"
+
+
+def _check_users(connection: duckdb.DuckDBPyConnection, path: Path, relation: str, column: str, min_users: int) -> None:
     user = f"{quoted(column)}::VARCHAR"
     found = _one(
         connection,
-        f"SELECT count(*) FROM (SELECT DISTINCT {user} AS u FROM {relation} WHERE {user} <> '' LIMIT {MIN_USERS})",
+        f"SELECT count(*) FROM (SELECT DISTINCT {user} AS u FROM {relation} WHERE {user} <> '' LIMIT {min_users})",
     )
-    if found < MIN_USERS:
+    if found < min_users:
         raise UserError(
-            f"{path.name} has {found} user(s) in column {column!r}, at least {MIN_USERS} are needed; give a larger log "
+            f"{path.name} has {found} user(s) in column {column!r}, at least {min_users} are needed; give a larger log "
             "or name another --user-column"
+        )
+
+
+def _check_event_ids(connection: duckdb.DuckDBPyConnection, path: Path, relation: str, mapping: dict[str, str]) -> None:
+    """Refuse an event id that most rows share with others: rows with equal ids count once, so most would be lost."""
+    ids = event_id_sql(mapping)
+    present, different = connection.sql(f"SELECT count({ids}), count(DISTINCT {ids}) FROM {relation}").fetchall()[0]
+    if different < MIN_UNIQUE_IDS * present:
+        raise UserError(
+            f"column {mapping['event_id']!r} of {path.name} has {different} different values in {present} rows, so it "
+            "does not identify events; name another --event-id-column, or none"
         )
 
 
@@ -122,7 +148,9 @@ def _time_unit(
     if kind in INTEGER_TYPES:
         median, iso = _one(connection, f"SELECT median({name})::DOUBLE FROM {relation}"), None
     elif kind.startswith("TIMESTAMP") or kind == "DATE":
-        median, iso = None, _one(connection, f"SELECT median(epoch_ms({name}::TIMESTAMP))::DOUBLE FROM {relation}")
+        # By way of the zoned type: with nanoseconds and a zone there is no cast to TIMESTAMP itself.
+        zoned = f"{name}::{'TIMESTAMPTZ' if carries_zone(kind) else 'TIMESTAMP'}"
+        median, iso = None, _one(connection, f"SELECT median(epoch_ms({zoned}))::DOUBLE FROM {relation}")
     else:
         text = f"{name}::VARCHAR"
         number = f"TRY_CAST({text} AS DOUBLE)"

@@ -4,6 +4,7 @@ Invariant: reading is strict. A file is read whole or refused with one sentence;
 passes through a float and a bad cell survives until ingest can quarantine it.
 """
 
+import codecs
 import csv
 import gzip
 import io
@@ -64,7 +65,9 @@ def unreadable(path: Path, error: Exception) -> UserError:
     for shown in (_glob_free(path), str(path.absolute()), str(path)):
         text = text.replace(shown, path.name)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    detail = "; ".join(line for line in lines[:3] if not line.startswith(("Original Line", "Possible")))
+    # What DuckDB advises are options of its reader, which nobody here can set.
+    lines = [line for line in lines if not line.startswith(("Original Line", "Possible", "Try ", "LINE ", "^"))]
+    detail = "; ".join(lines[:3])
     return UserError(f"{path.name} cannot be read: {detail[:300].rstrip('.')}; mend or fetch the file again")
 
 
@@ -134,11 +137,15 @@ def _text_source(path: Path, format: str, names: Sequence[str], delimiter: str, 
 
 
 def _open_jsonl(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
+    if _starts_with_bom(path):
+        raise UserError(f"{path.name} starts with a byte order mark, which JSON lines must not have; save it without")
     if not _first_line(path).lstrip().startswith("{"):
         raise UserError(f'{path.name} is not JSON lines: each line must be an object such as {{"user_id": 1, ...}}')
     reader = f"read_json({literal(_glob_free(path))}, format='newline_delimited', records=true"
+    # The whole file is looked at: a key may appear late, and many rare keys are still keys, not one map.
+    whole = "sample_size=-1, map_inference_threshold=-1, field_appearance_threshold=0"
     try:
-        rows = connection.sql(f"DESCRIBE SELECT * FROM {reader}, sample_size=10000)").fetchall()  # noqa: S608
+        rows = connection.sql(f"DESCRIBE SELECT * FROM {reader}, {whole})").fetchall()  # noqa: S608
     except duckdb.Error as error:
         raise unreadable(path, error) from None
     # The types are guessed from a sample and would send long integers through a float: every value is read as text.
@@ -153,6 +160,15 @@ def _open_jsonl(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
 
 
 _OPENERS = {"parquet": _open_parquet, "csv": _open_csv, "dat": _open_dat, "jsonl": _open_jsonl}
+
+
+def _starts_with_bom(path: Path) -> bool:
+    opener = gzip.open if path.name.lower().endswith(".gz") else open
+    try:
+        with opener(path, "rb") as stream:
+            return bytes(stream.read(3)) == codecs.BOM_UTF8
+    except (OSError, EOFError):
+        return False
 
 
 def _first_line(path: Path) -> str:

@@ -59,10 +59,12 @@ def simulate(out: Path, *, num_events: int = 200_000, seed: int = 7) -> dict[str
     Columns: user_id int64, item_id int64, action string, event_ts int64 ms UTC, in order of time; an exposure with
     several actions has a row for each. No user views an item twice. `<out stem>.catalogue.parquet` holds
     item_id and title.
-    Raises UserError below 2,000 events.
+    Raises UserError below 2,000 events, and where `out` is a folder.
     """
     if num_events < 2_000:
         raise UserError(f"a simulated log needs at least 2000 events to be of use, got {num_events}; ask for more")
+    if out.is_dir():
+        raise UserError(f"{out.name} is a folder; name the file to write, for example {out.name}/log.parquet")
     rng = np.random.default_rng(seed)
     num_users = max(20, num_events // 92)
     world = _make_world(rng, num_items=int(np.clip(1_500 * (num_events / 200_000) ** 0.5, 200, 20_000)))

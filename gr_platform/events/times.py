@@ -15,11 +15,18 @@ NUMERIC_UNITS = ("s", "ms", "us", "ns")
 _INTEGER = "'^[+-]?[0-9]{1,18}$'"
 
 
+def carries_zone(duckdb_type: str) -> bool:
+    """Return whether a timestamp type carries its zone."""
+    return "WITH TIME ZONE" in duckdb_type or duckdb_type.startswith("TIMESTAMPTZ")
+
+
 def to_ms(column: str, duckdb_type: str, unit: str, zone: str = "UTC") -> str:
     """Return SQL that turns a landed time column into BIGINT ms UTC, NULL where it cannot be read.
 
-    duckdb_type: BIGINT, DOUBLE, VARCHAR or TIMESTAMP (what landing writes).
+    duckdb_type: BIGINT, DOUBLE, VARCHAR, TIMESTAMP or TIMESTAMPTZ (what landing writes). zone: of times without one.
     """
+    if carries_zone(duckdb_type):
+        return f"epoch_ms({column})"
     if duckdb_type.startswith("TIMESTAMP"):
         return f"epoch_ms(timezone({literal(zone)}, {column}))"
     if unit == "iso":

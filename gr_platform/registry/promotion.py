@@ -113,9 +113,11 @@ def settle(home: Path, verdict: Verdict) -> None:
 
 
 def champions(home: Path, ds: str) -> dict[Kind, Version]:
-    """Return the serving version of each kind; empty until a pair was promoted."""
+    """Return the serving version of each kind; empty until a whole pair was promoted."""
     held = {kind: versions.by_alias(home, ds, kind, CHAMPION) for kind in KINDS}
-    return {kind: version for kind, version in held.items() if version is not None}
+    reigning = {kind: version for kind, version in held.items() if version is not None}
+    # One alone is what a promotion leaves that was killed half-way: it never served.
+    return reigning if len(reigning) == len(KINDS) else {}
 
 
 def _contender(home: Path, ds: str, kind: Kind) -> Version:
@@ -137,11 +139,14 @@ def _refuse(home: Path, verdict: Verdict) -> None:
 
 
 def _crown(home: Path, verdict: Verdict) -> None:
+    # In this order a promotion that is killed half-way is judged and finished by the next one.
     for kind, version in verdict.pair.items():
         before = verdict.reigning.get(kind)
         if before is not None and before.version != version.version:
             versions.move_alias(home, before, PREVIOUS)
+    for version in verdict.pair.values():
         versions.move_alias(home, version, CHAMPION)
+    for version in verdict.pair.values():
         if CHALLENGER in version.aliases:
             versions.drop_alias(home, version, CHALLENGER)
         versions.drop_tag(home, version, REASONS)

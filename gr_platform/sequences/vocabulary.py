@@ -131,6 +131,7 @@ def _bucket(item: int | str) -> int:
 def build_vocabulary(home: Path, ds: str) -> storage.Result:
     """Return the vocabulary of all ingested events, appended to the data set's current one, and make it current.
 
+    It starts afresh where the ids changed their type, which an import that replaces a data set's only file can do.
     New items follow in the order (landed file, first event_ts, id), so building it file by file equals one build.
     """
     from gr_platform.events.ingest import clean_events
@@ -140,7 +141,10 @@ def build_vocabulary(home: Path, ds: str) -> storage.Result:
     base = _current(parent)
     if base is not None and base.manifest.spec["events"] == events.digest:
         return base
-    table = _item_table(events.query(_ITEMS), Vocabulary.load(base.folder) if base else None)
+    known = Vocabulary.load(base.folder) if base else None
+    if known is not None and known.is_string != (events.declaration.item_id_type == "string"):
+        base = known = None
+    table = _item_table(events.query(_ITEMS), known)
     vocabulary = Vocabulary(table)
 
     def build(folder: Path) -> dict[str, Any]:

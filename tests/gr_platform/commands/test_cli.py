@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from gr_platform import cli, settings
+from gr_platform import cli, settings, storage
 from gr_platform.commands import demo, display
-from gr_platform.commands.query import Listed, UserAnswer
-from gr_platform.errors import UserError
+from gr_platform.commands.query import Listed, UserAnswer, split_ids
+from gr_platform.errors import UserError, sentence_for
 
 COMMANDS = {
     *("demo", "import", "simulate", "materialize", "serve", "up", "down", "status", "doctor", "recommend", "score"),
@@ -64,6 +64,7 @@ def test_help_loads_no_library() -> None:
         (("score", "--user", "1", "--items", "1,2"), "no model server runs"),
         (("bench", "nonsense"), "there is no benchmark 'nonsense'"),
         (("simulate", "log.parquet", "--num-events", "5"), "at least 2000 events"),
+        (("simulate", "tests"), "tests is a folder"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
@@ -108,6 +109,72 @@ def test_what_the_system_refuses_is_one_sentence_without_paths(
     assert expected in shown
     assert "/somewhere" not in shown
     assert len(shown.strip().splitlines()) == 1
+
+
+def test_errors_that_name_each_other_as_causes_end() -> None:
+    first, second = RuntimeError("first"), KeyError("second")
+    first.__cause__, second.__cause__ = second, first
+    assert sentence_for(first) is None
+    second.__cause__ = UserError("what to do")
+    assert sentence_for(first) == "what to do"
+
+
+def test_a_defect_inside_a_stage_ends_with_its_traceback(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    assert _gr(home, "simulate", str(tmp_path / "log.parquet"), "--num-events", "2000").returncode == 0
+    assert _gr(home, "import", str(tmp_path / "log.parquet")).returncode == 0
+    code = (
+        "from gr_platform import cli\nfrom gr_platform.events import ingest\n"
+        "def fail(*_): raise ZeroDivisionError('a defect of ours')\n"
+        "ingest.ingest = fail\ncli.main()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, "materialize", "--select", "events"],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"GR_HOME": str(home)},
+    )
+    assert done.returncode == 1
+    assert "ZeroDivisionError: a defect of ours" in done.stderr
+
+
+def test_a_second_run_in_the_same_state_folder_is_refused(tmp_path: Path) -> None:
+    home = tmp_path / "home"
+    assert _gr(home, "simulate", str(tmp_path / "log.parquet"), "--num-events", "2000").returncode == 0
+    assert _gr(home, "import", str(tmp_path / "log.parquet")).returncode == 0
+    with storage.exclusive(home, "stages"):
+        assert "another program works on the stages" in _one_sentence(_gr(home, "materialize", "--select", "events"))
+    assert _gr(home, "materialize", "--select", "events").returncode == 0
+
+
+@pytest.mark.parametrize("name", ["50%", "what?"])
+def test_a_state_folder_that_no_database_address_can_hold_is_refused(tmp_path: Path, name: str) -> None:
+    assert "GR_HOME has a % or ? in its path" in _one_sentence(_gr(tmp_path / name, "status"))
+
+
+def test_brackets_in_a_log_are_text_and_not_markup() -> None:
+    from rich.console import Console
+
+    console = Console(width=160, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    line = Listed(item="it[bold]x", title="Alien [director's cut] [/x]", scores={"buy[/b]": 0.25})
+    answer = UserAnswer(lines=[line], milliseconds=1.0, cached_tokens=0)
+    console.print(display.answer_table("Top 1 for user [/u]", answer, ["buy[/b]"]))
+    stages = display.StageLines(console)
+    stages.line("import", 0.1, {"actions": "buy[/b]"})
+    stages({"name": "check", "event": "check_failed", "reason": "action '[/y]' is not declared"})
+    facts = {"hr_at_10": 0.1, "ndcg_at_10": 0.1, "mrr": 0.1}
+    ranking = {"buy[/b]": {"ne": 0.9, "auc": 0.6}}
+    console.print(display.quality_table({"retrieval": facts, "popularity": facts, "ranking": ranking}))
+    shown = console.export_text()
+    for text in ("it[bold]x", "Alien [director's cut] [/x]", "P(buy[/b])", "user [/u]", "'[/y]'", "buy[/b]: NE"):
+        assert text in shown
+
+
+def test_ids_are_split_at_commas_outside_quotes() -> None:
+    assert split_ids("17, 4,,99") == ["17", "4", "99"]
+    assert split_ids('"tea, green",cup') == ["tea, green", "cup"]
+    assert split_ids("") == []
 
 
 def test_a_defect_of_ours_keeps_its_traceback(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

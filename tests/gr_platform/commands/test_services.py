@@ -3,6 +3,7 @@
 import json
 import os
 import socket
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -10,8 +11,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gr_platform import processes, storage
 from gr_platform.commands import services
 from gr_platform.errors import UserError
+from serving.handle import ServerHandle, record_path
 
 SLEEPER = """
 import subprocess, sys, time
@@ -69,6 +72,47 @@ def test_up_again_leaves_what_runs_alone(tmp_path: Path) -> None:
         assert services.up(tmp_path, [web]) == first
     finally:
         services.down(tmp_path)
+
+
+def test_up_beside_another_up_is_refused_and_loses_nothing(tmp_path: Path) -> None:
+    with storage.exclusive(tmp_path, "services"):
+        code = "import sys; from pathlib import Path; from gr_platform.commands.services import up; "
+        code += "up(Path(sys.argv[1]), [])"
+        done = subprocess.run([sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, timeout=300)
+    assert "another program works on the services" in done.stderr
+
+
+def test_a_model_server_that_lost_its_program_is_stopped_by_down_and_one_that_has_it_is_not(tmp_path: Path) -> None:
+    tree = subprocess.Popen([sys.executable, "-c", SLEEPER])
+    owner = subprocess.Popen([sys.executable, "-c", SLEEPER])
+    handle = ServerHandle(
+        home=tmp_path,
+        pid=0,
+        create_time=0.0,
+        instance="gr-test-orphan",
+        grpc_address="127.0.0.1:1",
+        http_address="127.0.0.1:2",
+        metrics_address="127.0.0.1:3",
+        admin_key="k",
+        owner_pid=owner.pid,
+        owner_create_time=psutil.Process(owner.pid).create_time(),
+    ).with_process(tree.pid)
+    storage.write_text(record_path(tmp_path), handle.to_json())
+    (tmp_path / "model_repository" / "gr_ranker").mkdir(parents=True)
+    (tmp_path / "model_repository" / "gr_ranker" / "config.pbtxt").write_text("")
+    try:
+        assert services.down(tmp_path) == []
+        assert services.foreign_server(tmp_path) == handle
+        wanted = services.platform_services(tmp_path, tmp_path, services.Ports())
+        assert services.MODEL_SERVER not in [service.name for service in wanted]
+        processes.kill([*psutil.Process(owner.pid).children(), psutil.Process(owner.pid)])
+        assert services.down(tmp_path) == [services.MODEL_SERVER]
+        assert not handle.alive
+        assert not record_path(tmp_path).exists()
+    finally:
+        for process in (tree, owner):
+            process.kill()
+            process.wait()
 
 
 def test_a_port_in_use_is_one_sentence_and_starts_nothing(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """Every bad input of the import ends in one sentence that names the file and what to do, and changes nothing."""
 
 import gzip
+import json
 import time
 
 import duckdb
@@ -10,6 +11,7 @@ import pytest
 
 from gr_platform.errors import UserError, machine_fault
 from gr_platform.events import landing
+from gr_platform.events.ingest import ingest
 from gr_platform.events.landing import active_dataset, import_file, landed_files, load_declaration
 
 
@@ -44,6 +46,36 @@ def test_no_such_file_folder_empty_file_and_unknown_format(landed, tmp_path):
     (tmp_path / "log.xlsx").write_bytes(b"PK")
     assert "the format of log.xlsx is unknown" in refused(landed, tmp_path / "log.xlsx")
     assert "unknown format 'xml'" in refused(landed, tmp_path / "log.xlsx", format="xml")
+
+
+def test_an_event_id_that_most_rows_share_is_refused_unless_it_is_left_out(landed, rows, write_csv):
+    path = write_csv([r | {"event_id": 1 + i % 2} for i, r in enumerate(rows)], "typed.csv")
+    message = refused(landed, path)
+    assert "column 'event_id' of typed.csv has 2 different values in 48 rows" in message
+    assert "--event-id-column, or none" in message
+    assert import_file(path, home=landed, event_id_column="none").num_rows == 48
+    assert ingest(landed, "typed").rows_kept == 48
+
+
+def test_metadata_that_is_no_declaration_is_refused(landed, rows, tmp_path):
+    for number, text in enumerate((b"{", b"[1]", b'{"actions": 5}', b'{"actions": [5]}')):
+        table = pa.Table.from_pylist(rows).replace_schema_metadata({b"gr_platform.declaration": text})
+        pq.write_table(table, tmp_path / f"m{number}.parquet")
+        assert "is no declaration" in refused(landed, tmp_path / f"m{number}.parquet")
+
+
+def test_json_lines_with_a_byte_order_mark(landed, rows, tmp_path):
+    path = tmp_path / "bom.jsonl"
+    path.write_text("\ufeff" + "\n".join(map(json.dumps, rows)), encoding="utf-8")
+    assert "byte order mark" in refused(landed, path)
+
+
+def test_an_unreadable_json_line_is_named_without_advice_for_programmers(landed, rows, tmp_path):
+    path = tmp_path / "torn.jsonl"
+    path.write_text("\n".join([*map(json.dumps, rows), '{"user_id": 1, "item']) + "\n")
+    message = refused(landed, path)
+    assert "torn.jsonl cannot be read" in message
+    assert "Try" not in message
 
 
 def test_header_without_rows(landed, tmp_path):

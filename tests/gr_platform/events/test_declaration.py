@@ -14,7 +14,7 @@ def made(**fields):
 
 @given(names, st.data())
 def test_toml_and_json_give_back_any_declaration(actions, data):
-    chosen = tuple(data.draw(st.lists(st.sampled_from(actions), unique=True)))
+    chosen = tuple(data.draw(st.lists(st.sampled_from(actions), unique=True, min_size=1)))
     declaration = made(actions=tuple(actions), positives=chosen, tasks={"t": chosen}, columns={"user_id": actions[0]})
     assert Declaration.from_toml(declaration.to_toml()) == declaration
     assert Declaration.from_json(declaration.to_json()) == declaration
@@ -50,6 +50,26 @@ def test_masks_follow_the_order_of_the_actions():
 def test_what_does_not_hold_together_is_refused(fields, said):
     with pytest.raises(ValueError, match=said):
         made(**fields)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ('actions = "ab"', "actions is 'ab', must be a list"),
+        ("actions = []", "actions is .*, must be a list"),
+        ('time_zone = "Mars/Phobos"', "time zone 'Mars/Phobos', which there is not"),
+        ("time_zone = 5", "time_zone is 5, must be text"),
+        ("columns = { user_id = 3 }", "user_id is 3, must be text"),
+        ('tasks = { like = "like" }', "task like is 'like', must be a list"),
+        ("tasks = { like = [] }", "task like is .*, must be a list"),
+        ('tasks = "like"', "is not valid"),
+    ],
+)
+def test_an_edit_of_the_wrong_type_is_one_sentence(line, said):
+    lines = {"name": 'name = "x"', "actions": 'actions = ["like"]', "positives": 'positives = ["like"]'}
+    text = "\n".join((lines | {line.split()[0]: line}).values())
+    with pytest.raises(UserError, match=said):
+        Declaration.from_toml(text)
 
 
 def test_a_broken_file_is_one_sentence():

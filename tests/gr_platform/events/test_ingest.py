@@ -1,5 +1,7 @@
 import datetime
+import os
 import shutil
+import time
 
 import pyarrow.parquet as pq
 import pytest
@@ -111,6 +113,29 @@ def test_a_new_day_leaves_older_partitions_alone(home, rows, write_csv):
     assert second.partitions[0].manifest == first.partitions[0].manifest
     assert second.digest != first.digest
     assert second.rows_kept == 2 * len(rows)
+
+
+def test_the_same_rows_landed_on_two_days_count_once_in_what_later_stages_read(home, rows, write_csv):
+    import_file(write_csv(rows), home=home, ingest_date="2026-01-01")
+    more = [*rows, rows[0] | {"timestamp": rows[0]["timestamp"] + 7}]
+    import_file(write_csv(more, "again.csv"), home=home, dataset="log", ingest_date="2026-01-02")
+    assert ingest(home, "log").rows_kept == len(rows) + len(more)
+    seen = clean_events(home, "log").query("SELECT source_file, count(*) AS n FROM events GROUP BY 1 ORDER BY 1")
+    assert seen["n"].to_pylist() == [len(rows), 1]
+
+
+def test_what_a_killed_run_left_days_ago_is_swept(home, rows, write_csv):
+    old = time.time() - 3 * 86_400
+    import_file(write_csv(rows), home=home)
+    left = [home / ".spill-x", home / ".landing-x", home / "events" / "log" / ".building-x"]
+    for folder in left:
+        folder.mkdir(parents=True)
+        (folder / "part").write_text("half")
+        os.utime(folder, (old, old))
+    (home / ".spill-new").mkdir()
+    ingest(home, "log")
+    assert not any(folder.exists() for folder in left)
+    assert (home / ".spill-new").exists()
 
 
 def test_two_files_of_one_day_share_a_partition_and_their_duplicates(home, rows, write_csv):

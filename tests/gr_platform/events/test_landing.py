@@ -1,5 +1,7 @@
 import gzip
 import json
+import subprocess
+import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -177,7 +179,14 @@ def test_half_ratings_become_half_step_actions(home, tmp_path, rows):
 
 def test_parquet_times_of_every_kind_mean_the_same_instant(home, rows, write_parquet):
     kinds = [pa.timestamp("s"), pa.timestamp("ms"), pa.timestamp("us"), pa.timestamp("ns"), pa.timestamp("us", "UTC")]
-    kinds += [pa.timestamp("us", "America/New_York"), pa.int64(), pa.float64(), pa.string(), pa.uint32()]
+    kinds += [
+        pa.timestamp("ns", "UTC"),
+        pa.timestamp("us", "America/New_York"),
+        pa.int64(),
+        pa.float64(),
+        pa.string(),
+        pa.uint32(),
+    ]
     for number, kind in enumerate(kinds):
         table = pa.Table.from_pylist(rows)
         seconds = table["timestamp"]
@@ -190,6 +199,52 @@ def test_parquet_times_of_every_kind_mean_the_same_instant(home, rows, write_par
         pq.write_table(table.set_column(3, "timestamp", column), path)
         import_file(path, home=home, dataset=f"kind{number}")
         assert [e["event_ts"] for e in events_of(home, f"kind{number}")] == [r["timestamp"] * 1000 for r in rows], kind
+
+
+def test_a_time_with_a_zone_is_not_moved_by_the_declared_one(home, rows, write_parquet):
+    path = write_parquet(rows, "zoned.parquet")
+    table = pa.Table.from_pylist(rows)
+    zoned = table["timestamp"].cast(pa.timestamp("s")).cast(pa.timestamp("s", "UTC"))
+    pq.write_table(table.set_column(3, "timestamp", zoned), path)
+    import_file(path, home=home)
+    toml = home / "landing" / "zoned" / "dataset.toml"
+    toml.write_text(toml.read_text().replace('"UTC"', '"Asia/Tokyo"'))
+    assert [e["event_ts"] for e in events_of(home, "zoned")] == [r["timestamp"] * 1000 for r in rows]
+
+
+def test_a_small_file_may_follow_a_large_one(home, rows, write_csv):
+    import_file(write_csv(rows), home=home)
+    later = [r | {"timestamp": r["timestamp"] + 9} for r in rows[:2]]
+    assert import_file(write_csv(later, "later.csv"), home=home, dataset="log").num_rows == 2
+
+
+def test_json_keys_that_come_late_or_rarely_are_columns(home, rows, tmp_path):
+    path = tmp_path / "sparse.jsonl"
+    many = [r | {f"rare{i}": i} for i, r in enumerate(rows * 300)]
+    path.write_text("\n".join(map(json.dumps, [*many, *({**r, "rating": 4} for r in rows)])))
+    landed = import_file(path, home=home)
+    assert landed.entry.columns["value"] == "rating"
+    assert landed.num_rows == 301 * len(rows)
+
+
+def test_a_column_named_like_the_row_number_is_not_taken_for_it(home, rows, write_csv):
+    path = write_csv([r | {"gr_source_row": r["action"]} for r in rows])
+    import_file(path, home=home, action_column="gr_source_row")
+    assert [e["source_row"] for e in events_of(home, "log")] == list(range(1, len(rows) + 1))
+
+
+def test_event_ids_that_mean_none_are_none(home, rows, write_csv):
+    import_file(write_csv([r | {"event_id": "NULL"} for r in rows]), home=home)
+    assert ingest(home, "log").rows_kept == len(rows)
+
+
+def test_imports_at_once_wait_for_each_other(home, rows, write_csv):
+    paths = [write_csv([r | {"user_id": 100 * n + r["user_id"]} for r in rows], f"{n}.csv") for n in range(4)]
+    code = "import sys; from pathlib import Path; from gr_platform.events.landing import import_file as f; "
+    code += "f(sys.argv[1], home=Path(sys.argv[2]), dataset='log')"
+    running = [subprocess.Popen([sys.executable, "-c", code, str(path), str(home)]) for path in paths]
+    assert [process.wait(timeout=300) for process in running] == [0] * 4
+    assert sorted(file.entry.sequence for file in landed_files(home, "log")) == [0, 1, 2, 3]
 
 
 def test_a_catalogue_beside_the_log_gives_titles(home, rows, write_csv, tmp_path):

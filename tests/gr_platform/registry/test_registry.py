@@ -106,6 +106,43 @@ def test_a_passing_pair_becomes_champion_and_a_better_one_takes_its_place(home: 
     assert before.version == "1"
 
 
+@pytest.mark.parametrize("moves", [1, 2, 3, 4])
+def test_a_promotion_killed_half_way_is_finished_by_the_next(
+    home: Path, monkeypatch: pytest.MonkeyPatch, moves: int
+) -> None:
+    _train(home, 0.3)
+    _register(home)
+    _promote(home)
+    _train(home, 0.4, name="b")
+    _register(home)
+    real, done = versions.move_alias, []
+
+    def until_killed(*arguments: object) -> None:
+        if len(done) == moves - 1:
+            raise KeyboardInterrupt
+        done.append(arguments)
+        real(*arguments)  # type: ignore[arg-type]
+
+    with monkeypatch.context() as patched:
+        patched.setattr(versions, "move_alias", until_killed)
+        with pytest.raises(KeyboardInterrupt):
+            _promote(home)
+    assert _promote(home).reasons == ()
+    champions = promotion.champions(home, DS)
+    assert {kind: v.version for kind, v in champions.items()} == {"retrieval": "2", "ranking": "2"}
+    for kind in versions.KINDS:
+        assert (before := versions.by_alias(home, DS, kind, versions.PREVIOUS))
+        assert before.version == "1"
+        assert versions.by_alias(home, DS, kind, versions.CHALLENGER) is None
+
+
+def test_one_champion_without_the_other_is_no_pair(home: Path) -> None:
+    _train(home, 0.3)
+    registered = _register(home)
+    versions.move_alias(home, registered["retrieval"], versions.CHAMPION)
+    assert promotion.champions(home, DS) == {}
+
+
 def test_a_worse_pair_stays_challenger_with_its_reasons(home: Path) -> None:
     _train(home, 0.4)
     _register(home)

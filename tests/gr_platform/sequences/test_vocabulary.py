@@ -88,6 +88,16 @@ def test_items_are_ordered_by_first_appearance_then_id(home, land):
     assert again.folder == result.folder == storage.current(home / "sequences" / "log", "vocabulary")
 
 
+def test_ids_that_change_their_type_start_a_new_vocabulary(home, land):
+    land(crowd())
+    assert not Vocabulary.load(build_vocabulary(home, "log").folder).is_string
+    (home / "landing" / "log").rename(home / "landing" / "before")
+    land([(user, f"item {item}", action, at) for user, item, action, at in crowd()], name="text")
+    vocabulary = Vocabulary.load(build_vocabulary(home, "log").folder)
+    assert vocabulary.is_string
+    assert vocabulary.num_items == 7
+
+
 days = st.lists(
     st.lists(
         st.tuples(st.integers(1, 5), st.integers(1, 40), st.just("view"), st.integers(0, 50)), min_size=1, max_size=20

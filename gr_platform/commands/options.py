@@ -1,0 +1,48 @@
+"""The options that `gr` takes, as types: one name, one help text, wherever an option appears.
+
+Invariant: only typer is imported, since every command begins here.
+"""
+
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+
+MAX_PORT = 65535
+ACTIVE = "Data set; default: GR_DATASET, else the one imported last."
+GIVEN = "Data set to add to; default: the name the file gives itself, else the file's."
+EVENT_ID = "Column that identifies an event: rows with equal ids count once; none: no such."
+SEEN = "all: never recommend what the user has seen; none: items may repeat."
+ITEMS = "Item ids, separated by commas (one with a comma in double quotes)."
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"gr-platform {version('gr-platform')}")
+        raise typer.Exit
+
+
+ShowVersion = Annotated[
+    bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
+]
+Dataset = Annotated[str | None, typer.Option(help=ACTIVE)]
+NewDataset = Annotated[str | None, typer.Option(help=GIVEN)]
+Recipe = Annotated[str, typer.Option(help="tiny, small or ml_1m; auto picks one for the data set.")]
+Format = Annotated[str, typer.Option(help="auto, csv, jsonl, parquet or movielens.")]
+UserColumn = Annotated[str | None, typer.Option(help="Column of the user's id.")]
+ItemColumn = Annotated[str | None, typer.Option(help="Column of the item's id.")]
+ActionColumn = Annotated[str | None, typer.Option(help="Column of the action's name.")]
+TimeColumn = Annotated[str | None, typer.Option(help="Column of the event's time.")]
+ValueColumn = Annotated[str | None, typer.Option(help="Column of a rating or another number.")]
+EventIdColumn = Annotated[str | None, typer.Option(help=EVENT_ID)]
+TimeUnit = Annotated[str, typer.Option(help="auto, s, ms, us, ns or iso.")]
+ExcludeSeen = Annotated[str | None, typer.Option(help=SEEN)]
+IngestDate = Annotated[str | None, typer.Option(help="Partition YYYY-MM-DD; default: today.")]
+User = Annotated[str, typer.Option(help="A user of the served data set.")]
+Items = Annotated[str, typer.Option(help=ITEMS)]
+RequestTime = Annotated[int | None, typer.Option(help="Time of the request, ms UTC; default: that of the last event.")]
+GrpcPort = Annotated[int, typer.Option(help="Model server: gRPC.", min=1, max=MAX_PORT)]
+HttpPort = Annotated[int, typer.Option(help="Model server: HTTP.", min=1, max=MAX_PORT)]
+MetricsPort = Annotated[int, typer.Option(help="Model server: metrics.", min=1, max=MAX_PORT)]
+DagsterPort = Annotated[int, typer.Option(help="Dagster's UI.", min=1, max=MAX_PORT)]
+MlflowPort = Annotated[int, typer.Option(help="MLflow's UI.", min=1, max=MAX_PORT)]
