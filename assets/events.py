@@ -29,9 +29,9 @@ def events(platform: Platform) -> dg.MaterializeResult:
             "rows_in": result.rows_in,
             "rows_kept": result.rows_kept,
             "duplicates": result.duplicates,
+            "quarantined": sum(result.quarantined.values()),
             # Without what was landed on several days: the rows that later stages read.
             "num_events": clean.query("SELECT count(*) AS n FROM events")["n"][0].as_py(),
-            "quarantined": sum(result.quarantined.values()),
             **{f"quarantined_{rule}": count for rule, count in result.quarantined.items()},
         },
         preview=f"{preview_of(head)}\n\n{table(['ingest date', 'rows in', 'kept', 'duplicates'], partitions)}",

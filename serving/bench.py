@@ -1,4 +1,4 @@
-"""What the deployed pair costs over gRPC on this machine: start, cold and cached requests, the wire.
+"""What the deployed pair costs over gRPC on this machine: start, cold and cached requests, the wire, many callers.
 
 Invariant: histories are made up (seeded), so a figure says nothing about a person; each is compared within one run.
 """
@@ -6,6 +6,7 @@ Invariant: histories are made up (seeded), so a figure says nothing about a pers
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,8 @@ from serving.server import EmbeddedServer, attach
 
 NUM_CANDIDATES = 512
 NUM_REQUESTS = 30
+# Recommendations under load: callers who each wait for their answer before they ask again.
+NUM_CALLERS, CALLS_EACH = 16, 40
 START_MS = 1_577_836_800_000
 
 
@@ -38,6 +41,7 @@ def run(num_threads: int) -> list[dict[str, Any]]:
         ready_s = time.perf_counter() - began
         with Client(handle.grpc_address, deadline_s=30.0) as client:
             cold, cached = _over_grpc(client, bundle)
+            seconds, waits = _recommendations(client, bundle)
     in_process = _in_process(bundle, num_threads)
     num_events = bundle.config.max_events
     label = f"n {num_events}, m {NUM_CANDIDATES}"
@@ -49,6 +53,9 @@ def run(num_threads: int) -> list[dict[str, Any]]:
         _row(f"gRPC round trip / engine call, cached, {label}", cached / in_process, "x", "same engine", 1.15) | {
             "at_most": True
         },
+        _row(f"recommendations, {NUM_CALLERS} callers", len(waits) / seconds, "1/s", None, None),
+        _row(f"recommendation, {NUM_CALLERS} callers, p50", float(np.quantile(waits, 0.5)), "ms", None, None),
+        _row(f"recommendation, {NUM_CALLERS} callers, p99", float(np.quantile(waits, 0.99)), "ms", None, None),
     ]  # fmt: skip
 
 
@@ -87,6 +94,21 @@ def _over_grpc(client: Client, bundle: Bundle) -> tuple[float, float]:
 
     calls = [ask(seed) for seed in range(NUM_REQUESTS)]
     return _median_ms(calls), _median_ms(calls)
+
+
+def _recommendations(client: Client, bundle: Bundle) -> tuple[float, list[float]]:
+    """Return the seconds that all callers together took, and the ms that each recommendation was waited for."""
+
+    def ask(number: int) -> float:
+        history, _, at = _history(bundle, number % NUM_REQUESTS)
+        began = time.perf_counter()
+        client.recommend(history, k=10, request_time=at)
+        return 1e3 * (time.perf_counter() - began)
+
+    began = time.perf_counter()
+    with ThreadPoolExecutor(NUM_CALLERS) as pool:
+        waits = list(pool.map(ask, range(NUM_CALLERS * CALLS_EACH)))
+    return time.perf_counter() - began, waits
 
 
 def _in_process(bundle: Bundle, num_threads: int) -> float:
