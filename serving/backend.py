@@ -1,4 +1,4 @@
-"""What the three model.py files share: their settings, their metrics, and one response or one error per request.
+"""What the model.py files share: settings, metrics, an engine, and one response or one error per request.
 
 Invariant: a caller sees a message that was written for callers, or "internal error"; a traceback or a path goes to the
 server's log only. Imported inside the model server, so `pb_utils` (its own module) is handed in.
@@ -6,6 +6,7 @@ server's log only. Imported inside the model server, so `pb_utils` (its own modu
 
 import json
 import traceback
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from typing import Any
 import numpy as np
 
 from gr_platform import settings
+from gr_platform.bundle.load import load
+from gr_platform.errors import UserError
 from serving.engine.cache import CacheCounters
 from serving.engine.requests import InvalidRequestError
 
@@ -48,6 +51,45 @@ class ModelSettings:
     def cache_bytes(self) -> int:
         """The bound of the K/V cache."""
         return int(self.parameters["cache_bytes"])
+
+
+class EngineModel(ABC):
+    """What gr_ranker and gr_retriever have in common: a bundle's engine behind the server's Python model interface.
+
+    A model names `pb_utils` (the server's own module), its `inputs` and what builds its engine.
+    """
+
+    pb_utils: Any
+    inputs: Sequence[str]
+    build_engine: Callable[..., Any]
+
+    def initialize(self, args: dict[str, str]) -> None:
+        """Load and warm up the bundle beside the model's file."""
+        own = ModelSettings.of(args)
+        try:
+            bundle = load(own.bundle)
+        except UserError as error:
+            raise self.pb_utils.TritonModelException(str(error)) from None
+        self._engine = type(self).build_engine(bundle, cache_bytes=own.cache_bytes, num_threads=own.num_threads)
+        self._engine.warm_up()
+        self._metrics = Metrics(self.pb_utils, own.name)
+
+    def execute(self, requests: list[Any]) -> list[Any]:
+        """Return one response per request."""
+        return answer(self.pb_utils, requests, self.inputs, self._handle)
+
+    def finalize(self) -> None:
+        """Drop the cache with the model."""
+        del self._engine
+
+    def _handle(self, tensors: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+        num_unknown, outputs = self._answer(tensors)
+        self._metrics.count(num_unknown=num_unknown, cache=self._engine.cache.counters)
+        return outputs
+
+    @abstractmethod
+    def _answer(self, tensors: dict[str, np.ndarray]) -> tuple[int, Mapping[str, np.ndarray]]:
+        """Return how many ids were unknown, and the output tensors. Raises InvalidRequestError."""
 
 
 class DownstreamError(RuntimeError):

@@ -39,7 +39,7 @@ def ml_1m(kind: Kind) -> Recipe:
             v_dim=50,
             max_events=100 if ranking else 200,
         ),
-        training=TrainingConfig(max_epochs=6 if ranking else 24, batch_size=32, patience=3),
+        training=TrainingConfig(max_epochs=6 if ranking else 36, batch_size=32, patience=3 if ranking else 6),
     )
 
 
