@@ -1,10 +1,29 @@
 """Fixtures that several packages share."""
 
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+
+from gr_platform import settings
+
+
+@pytest.fixture(scope="session")
+def load_script():
+    """Return load(path under the project's root) -> the script as a module: it belongs to no package."""
+
+    def load(path: str) -> ModuleType:
+        spec = importlib.util.spec_from_file_location(Path(path).stem, settings.PROJECT_ROOT / path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return module
+
+    return load
 
 
 @pytest.fixture(scope="session")

@@ -1,15 +1,13 @@
 """The two UIs in a real browser: the graph that ran is shown as materialised, the models as registered."""
 
-import importlib.util
 import shutil
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 
-from gr_platform import settings
 from gr_platform.commands import services
 
 pytestmark = [
@@ -21,15 +19,9 @@ TIMEOUT_MS = 120_000
 
 
 @pytest.fixture(scope="module")
-def browser() -> ModuleType:
+def browser(load_script: Callable[[str], ModuleType]) -> ModuleType:
     """The script that takes the documentation's pictures: same browser, same pages."""
-    path = settings.PROJECT_ROOT / "docs" / "take_screenshots.py"
-    spec = importlib.util.spec_from_file_location("take_screenshots", path)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script("docs/take_screenshots.py")
 
 
 @pytest.fixture(scope="module")
