@@ -1,4 +1,6 @@
+import duckdb
 import numpy as np
+import polars as pl
 import pyarrow as pa
 import pytest
 
@@ -57,6 +59,11 @@ def test_the_file_is_read_without_code_of_ours(make, home):
     assert table["user_id"].to_pylist() == sorted(range(90, 100))
     facts = storage.read_manifest(folder, verify=True).facts
     assert (facts["num_users"], facts["num_exposures"], facts["action_counts"]) == (10, 40, {"view": 40})
+    expected = list(zip(table["user_id"].to_pylist(), table["items"].to_pylist(), strict=True))
+    assert pl.read_ipc(folder / "sequences.arrow").select("user_id", "items").rows() == expected
+    with duckdb.connect() as connection:
+        connection.register("sequences", table)
+        assert connection.sql("SELECT user_id, items FROM sequences").fetchall() == expected
 
 
 def test_the_same_events_give_the_same_bytes_and_a_second_run_reuses_them(make, home, tmp_path):
