@@ -35,7 +35,7 @@ up: setup ## start Dagster, MLflow and the model server; prints their addresses
 	@$(BIN)/gr up
 
 down: ## stop exactly what `make up` started
-	@$(BIN)/gr down
+	@if [ -x $(BIN)/gr ]; then $(BIN)/gr down; else echo "nothing is installed here, so nothing runs"; fi
 
 bench: setup ## measure attention and serving (after make demo; nothing else running)
 	@$(BIN)/gr bench
