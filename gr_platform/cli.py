@@ -179,7 +179,7 @@ def up(
         dagster=dagster_port, mlflow=mlflow_port, grpc=grpc_port, http=http_port, metrics=metrics_port
     )
     for running in services.up(home, services.platform_services(home, settings.dagster_home(), ports)):
-        _say(f"{running.name:<18} {running.address or 'running'}")
+        _say(f"{running.name:<18} {running.address or 'running'}{services.PAGES.get(running.name, '')}")
     if served := services.foreign_server(home):
         _say(f"{services.MODEL_SERVER:<18} grpc://{served.grpc_address}  (runs already, gr down leaves it running)")
     elif not services.has_models(home):
@@ -235,7 +235,7 @@ def recommend(
 
     with Asker(settings.home()) as asker:
         answer = asker.recommend(user, k, at)
-        Console().print(display.answer_table(f"Top {k} for user {user}", answer, asker.tasks))
+        Console().print(display.answer_table(display.top_title(k, user), answer, asker.tasks))
     _say(f"{answer.milliseconds:.1f} ms, {answer.cached_tokens} tokens cached")
 
 
@@ -281,7 +281,14 @@ def bench(
 
 
 def _complain(what: str, sentence: str) -> None:
-    Console(stderr=True).print(f"[red]{what}:[/] {escape(sentence)}", highlight=False, soft_wrap=True)
+    shown = sentence.replace("$GR_HOME", _home_shown()) if "$GR_HOME/" in sentence else sentence
+    Console(stderr=True).print(f"[red]{what}:[/] {escape(shown)}", highlight=False, soft_wrap=True)
+
+
+def _home_shown() -> str:
+    """Return the state folder as the person at this terminal can paste it."""
+    home = settings.home()
+    return str(home.relative_to(Path.cwd())) if home.is_relative_to(Path.cwd()) else str(home)
 
 
 def _say(text: str) -> None:

@@ -187,7 +187,10 @@ class Client:
         elif code == "UNAVAILABLE" and "connect" in message:
             message = f"no model server answers at {self._address}; start it with gr serve or make up"
         elif code == "UNAVAILABLE":
-            message = f"the model server at {self._address} cannot take the request now ({message}); try again"
+            message = (
+                f"the model server at {self._address} cannot take the request now ({message}); try again, and restart "
+                "gr serve if it stays so"
+            )
         elif code == "DEADLINE_EXCEEDED":
             message = f"the model server at {self._address} did not answer {model} within {self._deadline_s:g} s"
         return ServingError(message, code)

@@ -51,14 +51,15 @@ class Installation:
 
 def find_installation(python: Path) -> Installation:
     """Return the installation of the serving environment's Python. Raises UserError if it is missing or incomplete."""
-    advice = "run make setup"
+    # The folder goes first: make setup takes one that is there for whole.
+    advice = f"remove the folder {python.parent.parent.name} and run make setup"
     if not python.exists():
-        raise UserError(f"the model server's environment {python.parent.parent.name} is missing; {advice}")
+        raise UserError(f"the model server's environment {python.parent.parent.name} is missing; run make setup")
     try:
         answer = subprocess.run([python, "-c", _ASK], capture_output=True, text=True, check=True, timeout=30)
         library, packages, version = json.loads(answer.stdout)
     except (OSError, subprocess.SubprocessError, json.JSONDecodeError):
-        raise UserError(f"the model server's Python does not run; delete its environment and {advice}") from None
+        raise UserError(f"the model server's Python does not run; {advice}") from None
     tree = Path(packages) / "pytriton" / "tritonserver"
     if not (tree / "bin" / "tritonserver").is_file():
         raise UserError(f"the nvidia-pytriton wheel with the tritonserver binary is not installed; {advice}")

@@ -76,8 +76,10 @@ def test_the_model_server_that_up_started_answers_a_known_user(
     running: dict[str, services.Running], home: Path
 ) -> None:
     from gr_platform.commands.query import Asker
+    from gr_platform.commands.status import report
 
     assert "model-server" in running
+    assert any("serves data set simulated" in line for line in report(home))
     with Asker(home) as asker:
         user = asker.dataset.user_ids[0]
         first, again = asker.recommend(user, 10), asker.recommend(user, 10)

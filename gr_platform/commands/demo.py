@@ -18,6 +18,8 @@ from rich.console import Console
 from gr_platform import storage
 from gr_platform.commands import display, pipeline
 from gr_platform.commands.query import Asker
+from gr_platform.errors import UserError
+from gr_platform.models.recipes import require_recipe
 
 SIMULATED = "simulated"
 NUM_EVENTS = 200_000
@@ -39,6 +41,7 @@ class DemoOptions:
 
 def run(home: Path, dagster_home: Path, options: DemoOptions, console: Console) -> None:
     """Run everything and print stages, figures, answers and the next commands. Raises UserError."""
+    require_recipe(options.recipe)
     console.print("[bold]From interaction log to gRPC answer[/]")
     stages = display.StageLines(console)
     ds = import_log(home, options, stages)
@@ -63,7 +66,12 @@ def import_log(home: Path, options: DemoOptions, stages: display.StageLines) -> 
         source = simulated(home, options.num_events)
         # Logs of other sizes are other data sets: importing both into one would mix two simulated worlds.
         name = SIMULATED if options.num_events == NUM_EVENTS else f"{SIMULATED}-{options.num_events}"
-    landed = import_file(source, home=home, dataset=name, format=options.format)
+    try:
+        landed = import_file(source, home=home, dataset=name, format=options.format)
+    except UserError as error:
+        if "-column" not in str(error) and "--time-unit" not in str(error):
+            raise
+        raise UserError(f"{error}; gr import takes that option, and gr materialize goes on from there") from None
     figures = {"dataset": landed.dataset, "rows": landed.num_rows, "actions": landed.guesses["actions"]}
     stages.line("import", time.monotonic() - started, figures, reused=landed.reused)
     return landed.dataset
@@ -113,14 +121,14 @@ def show_answers(asker: Asker, users: list[int | str], console: Console) -> None
     answers = [first, *(asker.recommend(user, 10) for user in users[1:])]
     for user, answer in zip(users, answers, strict=True):
         console.print()
-        console.print(display.answer_table(f"Top 10 for user {user}", answer, asker.tasks))
+        console.print(display.answer_table(display.top_title(10, user), answer, asker.tasks))
     repeated = statistics.median(answer.milliseconds for answer in again)
     display.lines(
         console,
         [
             "",
             f"First request of user {users[0]}: {first.milliseconds:.1f} ms with {first.cached_tokens} tokens cached; "
-            f"repeated: {repeated:.1f} ms with {again[-1].cached_tokens} tokens cached.",
+            f"repeated: {repeated:.1f} ms with {again[-1].cached_tokens} tokens cached (both models together).",
         ],
     )
 

@@ -15,6 +15,8 @@ from rich.table import Table
 from gr_platform.commands.query import UserAnswer
 
 SHOWN_FIGURES = 4
+QUARANTINED = "quarantined_"
+QUARANTINE_FILES = "rows and rules: events/<data set>/ingest_date=*/quarantine-0.parquet in the state folder"
 
 
 class StageLines:
@@ -42,11 +44,21 @@ class StageLines:
         self._console.print(
             f"  {state} {name:<16} {seconds:6.1f} s  [dim]{escape(text)}[/]", highlight=False, soft_wrap=True
         )
+        broken = {k.removeprefix(QUARANTINED): v for k, v in figures.items() if k.startswith(QUARANTINED)}
+        if broken:
+            rules = ", ".join(f"{rule} {count:,}" for rule, count in broken.items())
+            where = f"[yellow]quarantined: {rules}[/] [dim]({QUARANTINE_FILES})[/]"
+            self._console.print(f"{'':<36}{where}", highlight=False, soft_wrap=True)
 
     @property
     def seconds(self) -> float:
         """Seconds since the first stage could have started."""
         return time.monotonic() - self._started
+
+
+def top_title(k: int, user: int | str) -> str:
+    """Return the title over recommendations, which says what they are ordered by."""
+    return f"Top {k} for user {user}, by the mean of the probabilities"
 
 
 def answer_table(title: str, answer: UserAnswer, tasks: Sequence[str]) -> Table:

@@ -124,7 +124,7 @@ def _platform_environment() -> Check:
         name="platform environment",
         ok=not fault,
         found=fault or "imports work",
-        advice="run make setup" if fault else "",
+        advice="remove .venv and run make setup" if fault else "",
     )
 
 

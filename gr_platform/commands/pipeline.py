@@ -5,6 +5,7 @@ check in one that names it; whatever was current before stays current.
 """
 
 import logging
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,11 +13,13 @@ from typing import Any
 
 from gr_platform import settings, storage
 from gr_platform.errors import UserError
+from gr_platform.models.recipes import require_recipe
 
 StageListener = Callable[[Mapping[str, Any]], None]
 
 TRAINED = ("retrieval_model", "ranking_model")
 LOG_FILE = "pipeline.log"
+DEAD_AFTER_S = 60.0
 # Steps write to the terminal itself: Dagster's capture would show a progress bar through `tail`, late and in pieces.
 TO_TERMINAL: Any = {
     "compute_logs": {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
@@ -40,7 +43,8 @@ def materialize(
     """
     from gr_platform.events.landing import active_dataset, load_declaration
 
-    # Asked before Dagster is loaded: the most common mistake is answered at once.
+    # Asked before Dagster is loaded: the most common mistakes are answered at once.
+    require_recipe(recipe)
     ds = dataset or settings.dataset() or active_dataset(home)
     load_declaration(home, ds)
 
@@ -62,8 +66,19 @@ def materialize(
     keys = [AssetKey(name) for name in chosen]
     opened = DagsterInstance.local_temp(str(dagster_home), overrides=TO_TERMINAL)
     with storage.exclusive(home, "stages"), opened as instance, _listening(on_stage) as finished:
+        _close_dead_runs(instance)
         job.execute_in_process(run_config=run_config, instance=instance, asset_selection=keys)
     return finished
+
+
+def _close_dead_runs(instance: Any) -> None:
+    """Mark runs as failed whose process was killed: they hold the state folder no more, or we would not."""
+    from dagster import DagsterRunStatus, RunsFilter
+
+    for record in instance.get_run_records(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
+        # A run of the UI that began this very moment has not asked for the folder yet.
+        if time.time() - record.create_timestamp.timestamp() > DEAD_AFTER_S:
+            instance.report_run_failed(record.dagster_run, "the process of this run was ended from outside")
 
 
 @contextmanager

@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 RECORD = "services.json"
 MODEL_SERVER = "model-server"
+# The pages of the two UIs that a person wants first; their roots open on empty ones.
+PAGES = {"dagster-webserver": "/asset-groups", "mlflow": "/#/experiments?workflowType=machine_learning"}
 READY_S = 120.0
 # The model server drains requests for up to 30 s when it is told to stop.
 STOP_S = 40.0
@@ -125,10 +127,17 @@ def _model_server(ports: Ports) -> Service:
 def up(home: Path, services: Sequence[Service], *, timeout_s: float = READY_S) -> list[Running]:
     """Start the services that are not running and return all of them once each answers.
 
-    Raises UserError if a port is taken or a service does not come up; then nothing this call started is left.
+    Raises UserError if a port is taken or named twice, a running service has another address, or one does not come up;
+    then nothing this call started is left.
     """
+    ports = [port for service in services for port in service.ports]
+    if twice := [port for port in ports if ports.count(port) > 1]:
+        raise UserError(f"port {twice[0]} is named for two services; give each its own (see --help)")
     with storage.exclusive(home, "services"):
         known = {running.name: running for running in running_services(home)}
+        for service in services:
+            if service.name in known and known[service.name].address != service.address:
+                raise UserError(f"{service.name} runs already at {known[service.name].address}; run gr down first")
         missing = [service for service in services if service.name not in known]
         for service in missing:
             for port in service.ports:
@@ -217,9 +226,11 @@ def _start(home: Path, service: Service) -> Running:
 def _wait_ready(running: Running, service: Service, timeout_s: float) -> None:
     deadline = time.monotonic() + timeout_s
     while True:
+        ready = not service.ready_url or answers(service.ready_url)
+        # Asked after the address: something else may answer there.
         if _process(running) is None:
             raise UserError(f"{service.name} stopped before it answered; see $GR_HOME/logs/{service.name}.log")
-        if not service.ready_url or answers(service.ready_url):
+        if ready:
             return
         if time.monotonic() > deadline:
             raise UserError(f"{service.name} gave no answer in {timeout_s:.0f} s; see $GR_HOME/logs/{service.name}.log")

@@ -58,11 +58,19 @@ def _running(home: Path) -> Iterator[str]:
     from serving.handle import attach
 
     server = attach(home)
-    yield (
-        f"model server  gRPC {server.grpc_address}, http://{server.http_address}"
-        if server
-        else "model server  not running"
-    )
+    if server is None:
+        yield "model server  not running"
+    else:
+        yield f"model server  gRPC {server.grpc_address}, http://{server.http_address}, serves {_served(home)}"
     for service in services.running_services(home):
         if service.name != services.MODEL_SERVER:
             yield f"{service.name}  {service.address or 'running'}"
+
+
+def _served(home: Path) -> str:
+    from serving import repository
+
+    folder = repository.current(home)
+    if folder is None or not (folder / storage.MANIFEST).is_file():
+        return "no models yet"
+    return f"data set {storage.read_manifest(folder).facts['dataset']}"

@@ -82,9 +82,9 @@ def choose_unit(
     if wanted == fitting and fitting:
         return fitting
     remedy = f"unit {fitting} would fit: use --time-unit {fitting}" if fitting else "no unit fits: name another column"
-    tried = "no unit" if wanted == "auto" else f"unit {wanted}"
+    tried = "no unit puts" if wanted == "auto" else f"unit {wanted} does not put"
     raise UserError(
-        f"{tried} puts the median of time column {column!r} of {path.name} ({median:.0f}) between 1990 and tomorrow; "
+        f"{tried} the median of time column {column!r} of {path.name} ({median:.0f}) between 1990 and tomorrow; "
         f"{remedy}"
     )
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 
+from gr_platform.errors import UserError
 from gr_platform.models.config import Kind, ModelConfig, Recipe, TrainingConfig
 
 
@@ -44,3 +45,10 @@ def ml_1m(kind: Kind) -> Recipe:
 
 
 RECIPES: dict[str, Callable[[Kind], Recipe]] = {"tiny": tiny, "small": small, "ml_1m": ml_1m}
+AUTO = "auto"
+
+
+def require_recipe(name: str) -> None:
+    """Raise UserError unless `name` is a recipe's or `auto`: asked first, since training comes late in a run."""
+    if name != AUTO and name not in RECIPES:
+        raise UserError(f"unknown recipe {name!r}; choose {AUTO} or one of {', '.join(sorted(RECIPES))}")

@@ -19,7 +19,7 @@ from gr_platform import settings, storage
 from gr_platform.errors import UserError
 from gr_platform.models.build import MODEL_VERSION, Model, build_model
 from gr_platform.models.config import Kind, Recipe, TrainingConfig
-from gr_platform.models.recipes import RECIPES
+from gr_platform.models.recipes import RECIPES, require_recipe
 from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.splits import train_ends
 from gr_platform.training.checkpoint import Progress, load_checkpoint, save_checkpoint
@@ -133,8 +133,7 @@ def train_model(
 def named_recipe(recipe: Recipe | str, kind: Kind) -> Recipe:
     """Return the recipe of that name and kind. Raises UserError for an unknown name or another kind."""
     if isinstance(recipe, str):
-        if recipe not in RECIPES:
-            raise UserError(f"unknown recipe {recipe!r}; choose one of {', '.join(sorted(RECIPES))}")
+        require_recipe(recipe)
         recipe = RECIPES[recipe](kind)
     if recipe.model.kind != kind:
         raise UserError(f"recipe {recipe.name!r} is for a {recipe.model.kind} model, a {kind} model was asked for")

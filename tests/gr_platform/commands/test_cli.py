@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from gr_platform import cli, settings, storage
-from gr_platform.commands import demo, display
+from gr_platform.commands import demo, display, pipeline, services
 from gr_platform.commands.query import Listed, UserAnswer, split_ids
 from gr_platform.errors import UserError, sentence_for
 
@@ -208,6 +208,64 @@ def test_an_interrupted_pipeline_says_so_in_one_sentence(tmp_path: Path, number:
     assert running.returncode == cli.INTERRUPTED
     assert "Traceback" not in shown
     assert shown.strip().splitlines()[-1].startswith("stopped: what was finished is kept")
+
+
+def test_a_killed_run_does_not_stay_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import dagster as dg
+
+    home = tmp_path / "home"
+    assert _gr(home, "simulate", str(tmp_path / "log.parquet"), "--num-events", "2000").returncode == 0
+    assert _gr(home, "import", str(tmp_path / "log.parquet")).returncode == 0
+    killed = subprocess.Popen(
+        [sys.executable, "-m", "gr_platform.cli", "materialize", "--recipe", "tiny"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"GR_HOME": str(home), "GR_THREADS": "1"},
+    )
+    assert killed.stdout is not None
+    assert "events" in killed.stdout.readline()
+    killed.kill()
+    killed.communicate()
+
+    def statuses() -> list[str]:
+        with dg.DagsterInstance.from_config(str(home / "dagster_home")) as instance:
+            return sorted(record.dagster_run.status.value for record in instance.get_run_records())
+
+    assert statuses() == ["STARTED"]
+    monkeypatch.setattr(pipeline, "DEAD_AFTER_S", 0.0)
+    pipeline.materialize(home, home / "dagster_home", select=["events"])
+    assert statuses() == ["FAILURE", "SUCCESS"]
+
+
+def test_a_message_names_the_state_folder_as_it_can_be_pasted(tmp_path: Path) -> None:
+    (tmp_path / services.RECORD).write_text("{")
+    shown = _one_sentence(_gr(tmp_path, "down"))
+    assert f"{tmp_path}/{services.RECORD} is damaged" in shown
+    assert "$GR_HOME" not in shown
+
+
+def test_a_recipe_that_is_none_is_refused_before_anything_runs(tmp_path: Path) -> None:
+    assert "unknown recipe 'huge'" in _one_sentence(_gr(tmp_path / "home", "demo", "--recipe", "huge"))
+    assert not (tmp_path / "home" / "landing").exists()
+
+
+def test_the_demo_names_the_command_that_takes_the_option_it_lacks(tmp_path: Path) -> None:
+    log = tmp_path / "log.csv"
+    log.write_text("user,item,when\n1,2,3\n")
+    shown = _one_sentence(_gr(tmp_path / "home", "demo", "--data", str(log)))
+    assert "--time-column" in shown
+    assert "gr import takes that option" in shown
+
+
+def test_quarantined_rows_are_shown_by_rule_and_where_they_are() -> None:
+    from rich.console import Console
+
+    console = Console(width=200, record=True, file=open(os.devnull, "w"))  # noqa: SIM115
+    figures = {"rows_in": 9, "rows_kept": 6, "duplicates": 0, "quarantined": 3, "num_events": 6}
+    display.StageLines(console).line("events", 0.1, figures | {"quarantined_nan_value": 3})
+    shown = console.export_text()
+    assert "quarantined: nan_value 3" in shown
+    assert "quarantine-0.parquet" in shown
 
 
 @pytest.mark.parametrize("value", ["abc", "0", "-1", "1.5"])

@@ -74,6 +74,36 @@ def test_up_again_leaves_what_runs_alone(tmp_path: Path) -> None:
         services.down(tmp_path)
 
 
+def test_one_port_for_two_services_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    port = _free_port()
+    with pytest.raises(UserError, match=f"port {port} is named for two services"):
+        services.up(tmp_path, [_web("one", port), _web("two", port)])
+    assert not (tmp_path / services.RECORD).exists()
+
+
+def test_a_service_that_runs_elsewhere_is_not_said_to_be_where_it_was_asked_for(tmp_path: Path) -> None:
+    web = _web("web", _free_port())
+    try:
+        services.up(tmp_path, [web])
+        with pytest.raises(UserError, match=f"web runs already at {web.address}; run gr down first"):
+            services.up(tmp_path, [_web("web", _free_port())])
+    finally:
+        services.down(tmp_path)
+
+
+def test_an_address_that_something_else_answers_does_not_make_a_dead_service_ready(tmp_path: Path) -> None:
+    web = _web("web", _free_port())
+    dying = services.Service(name="dying", command=(sys.executable, "-c", ""), ready_url=web.ready_url)
+    try:
+        services.up(tmp_path, [web])
+        running = services._start(tmp_path, dying)
+        processes.wait_gone([psutil.Process(running.pid)], 60)
+        with pytest.raises(UserError, match="dying stopped before it answered"):
+            services._wait_ready(running, dying, 5.0)
+    finally:
+        services.down(tmp_path)
+
+
 def test_up_beside_another_up_is_refused_and_loses_nothing(tmp_path: Path) -> None:
     with storage.exclusive(tmp_path, "services"):
         code = "import sys; from pathlib import Path; from gr_platform.commands.services import up; "
