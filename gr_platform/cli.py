@@ -235,8 +235,8 @@ def recommend(
 
     with Asker(settings.home()) as asker:
         answer = asker.recommend(user, k, at)
-        Console().print(display.answer_table(display.top_title(k, user), answer, asker.tasks))
-    _say(f"{answer.milliseconds:.1f} ms, {answer.cached_tokens} tokens cached")
+        Console().print(display.answer_table(f"Top {k} for user {user}", answer, asker.tasks))
+    _say(f"{answer.milliseconds:.1f} ms, {answer.cached_tokens} tokens cached; {display.ORDER}")
 
 
 @app.command()

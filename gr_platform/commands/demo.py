@@ -121,11 +121,12 @@ def show_answers(asker: Asker, users: list[int | str], console: Console) -> None
     answers = [first, *(asker.recommend(user, 10) for user in users[1:])]
     for user, answer in zip(users, answers, strict=True):
         console.print()
-        console.print(display.answer_table(display.top_title(10, user), answer, asker.tasks))
+        console.print(display.answer_table(f"Top 10 for user {user}", answer, asker.tasks))
     repeated = statistics.median(answer.milliseconds for answer in again)
     display.lines(
         console,
         [
+            f"({display.ORDER})",
             "",
             f"First request of user {users[0]}: {first.milliseconds:.1f} ms with {first.cached_tokens} tokens cached; "
             f"repeated: {repeated:.1f} ms with {again[-1].cached_tokens} tokens cached (both models together).",

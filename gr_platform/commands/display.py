@@ -16,6 +16,7 @@ from gr_platform.commands.query import UserAnswer
 
 SHOWN_FIGURES = 4
 QUARANTINED = "quarantined_"
+ORDER = "ordered by the mean of the probabilities"
 QUARANTINE_FILES = "rows and rules: events/<data set>/ingest_date=*/quarantine-0.parquet in the state folder"
 
 
@@ -54,11 +55,6 @@ class StageLines:
     def seconds(self) -> float:
         """Seconds since the first stage could have started."""
         return time.monotonic() - self._started
-
-
-def top_title(k: int, user: int | str) -> str:
-    """Return the title over recommendations, which says what they are ordered by."""
-    return f"Top {k} for user {user}, by the mean of the probabilities"
 
 
 def answer_table(title: str, answer: UserAnswer, tasks: Sequence[str]) -> Table:
