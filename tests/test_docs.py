@@ -29,8 +29,21 @@ def test_every_command_that_is_named_exists(page: Path) -> None:
     assert set(re.findall(r"(?:^    |`)make ([a-z]+)", text, re.MULTILINE)) - targets == set()
 
 
-def test_the_tables_of_the_benchmark_page_are_those_of_its_files(load_script: Callable[[str], ModuleType]) -> None:
+@pytest.mark.parametrize("name", ["benchmarks/README.md", "kernels.md"])
+def test_the_tables_of_a_page_are_those_of_its_files(load_script: Callable[[str], ModuleType], name: str) -> None:
     make = load_script("docs/benchmarks/make.py")
-    page = make.PAGE.read_text(encoding="utf-8")
-    assert page.count("| row | value |") >= 2
-    assert make.render(page) == page
+    page = ROOT / "docs" / name
+    assert page in make.PAGES
+    text = page.read_text(encoding="utf-8")
+    assert len(make.BLOCK.findall(text)) >= 2
+    assert make.render(text) == text
+
+
+def test_compiled_and_predicted_rows_become_one_line_a_kernel(load_script: Callable[[str], ModuleType]) -> None:
+    make = load_script("docs/benchmarks/make.py")
+    taken = {"registers": 64, "shared_bytes": 2048, "occupancy": 0.5, "machine": "m", "date": "d"}
+    names = {"op": "o", "kernel": "k", "label": "bf16"}
+    rows = [names | taken | {"arch": arch, "value": spilled} for arch, spilled in (("sm_80", 0), ("sm_90", 12))]
+    assert "| o | k | bf16 | 64 / 2.0 / 50 | 64 / 2.0 / 50 / **12 B** |" in make.table(rows)
+    rows = [{"kernel": "k", "shape": "s", "gpu": gpu, "value": 2.0, "against_ms": 3.0} for gpu in ("A", "B")]
+    assert "| k | s |  |  |  | 2; measured: 3.00 | 2; measured: 3.00 |" in make.table(rows)

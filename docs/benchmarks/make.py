@@ -1,34 +1,77 @@
-"""Writes the tables of the benchmark page from the JSON files beside it: python docs/benchmarks/make.py
+"""Writes the tables of the benchmark and kernel pages from the JSON files beside it: python docs/benchmarks/make.py
 
-Invariant: every figure of the page comes from such a file; the prose around the tables is left as it is.
+Invariant: every figure of a table comes from such a file; the prose around the tables is left as it is.
 """
 
 import json
 import re
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).parent
-PAGE = HERE / "README.md"
+PAGES = (HERE / "README.md", HERE.parent / "kernels.md")
 # A table stands between the name of its file and an end mark, both as comments that nobody sees.
 BLOCK = re.compile(r"(<!-- (\w+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
+Row = dict[str, Any]
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """Return the machine and date of a benchmark file and its rows as Markdown."""
-    first = rows[0]
-    lines = [
-        f"Machine: {first['machine']}; {first['date']}.",
-        "",
-        "| row | value | unit | against | target | reached |",
-    ]
-    lines.append("|---|---|---|---|---|---|")
+def measured(rows: list[Row]) -> str:
+    """Return benchmark rows as a table, one line each."""
+    lines = [_line(("row", "value", "unit", "against", "target", "reached")), "|---|---|---|---|---|---|"]
     for row in rows:
         bound = "" if row["target"] is None else f"{'<=' if row.get('at_most') else '>='} {row['target']:g}"
         reached = {True: "yes", False: "no", None: ""}[row["ok"]]
-        cells = (row["name"], f"{row['value']:.3g}", row["unit"], row["against"] or "", bound, reached)
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines) + "\n"
+        lines.append(_line((row["name"], f"{row['value']:.3g}", row["unit"], row["against"] or "", bound, reached)))
+    return "\n".join(lines)
+
+
+def compiled(rows: list[Row]) -> str:
+    """Return what compiled kernels take, one line a kernel and specialisation, one column a GPU."""
+
+    def cell(row: Row) -> str:
+        taken = f"{row['registers']} / {row['shared_bytes'] / 1024:.1f} / {100 * row['occupancy']:.0f}"
+        return taken + (f" / **{row['value']} B**" if row["value"] else "")
+
+    return _crosswise(rows, {"op": "op", "kernel": "kernel", "label": "variant"}, "arch", cell)
+
+
+def predicted(rows: list[Row]) -> str:
+    """Return predicted milliseconds, one line a kernel and shape, one column a GPU."""
+
+    def cell(row: Row) -> str:
+        told = f"{row['value']:.3g}" + (f" ({row['bound']})" if "bound" in row else "")
+        return told + (f"; measured: {row['against_ms']:.2f}" if row.get("against_ms") else "")
+
+    def amount(row: Row, key: str) -> Row:
+        return {key: f"{row[key]:,.3g}" if row.get(key, 0) < 1000 else f"{row[key]:,.0f}"} if key in row else {key: ""}
+
+    amounts = {"tensor_gflop": "tensor GFLOP", "core_ginstructions": "other G instructions", "memory_mb": "MB"}
+    shown = [row | {k: v for key in amounts for k, v in amount(row, key).items()} for row in rows]
+    return _crosswise(shown, {"kernel": "kernel", "shape": "shape"} | amounts, "gpu", cell)
+
+
+def _crosswise(rows: list[Row], keys: dict[str, str], across: str, cell: Callable[[Row], str]) -> str:
+    """Return one line for each value of `keys` (field -> heading), with a column for each value of `across`."""
+    columns = list(dict.fromkeys(row[across] for row in rows))
+    cells: dict[tuple[str, ...], dict[str, str]] = {}
+    for row in rows:
+        cells.setdefault(tuple(row[key] for key in keys), {})[row[across]] = cell(row)
+    lines = [_line((*keys.values(), *columns)), "|---" * (len(keys) + len(columns)) + "|"]
+    lines += [_line((*line, *(found.get(column, "") for column in columns))) for line, found in cells.items()]
+    return "\n".join(lines)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"
+
+
+def table(rows: list[Row]) -> str:
+    """Return the machine and date of a benchmark file and its rows as Markdown."""
+    first = rows[0]
+    made = compiled if "arch" in first else predicted if "gpu" in first else measured
+    where = "" if made is predicted else f"Machine: {first['machine']}; {first['date']}.\n\n"
+    return f"{where}{made(rows)}\n"
 
 
 def render(page: str) -> str:
@@ -42,4 +85,5 @@ def render(page: str) -> str:
 
 
 if __name__ == "__main__":
-    PAGE.write_text(render(PAGE.read_text(encoding="utf-8")), encoding="utf-8")
+    for page in PAGES:
+        page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")

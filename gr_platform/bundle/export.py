@@ -26,7 +26,7 @@ from gr_platform.models.compute import encode_tokens, score_candidates
 from gr_platform.models.config import Kind
 from gr_platform.models.ranking import RankingModel
 from gr_platform.sequences.vocabulary import NUM_OOV
-from kernels.hstu_attention import TIME_THRESHOLDS_MS
+from kernels import TIME_THRESHOLDS_MS
 
 MICROBATCH_SIZE = 256
 OPSET = 20

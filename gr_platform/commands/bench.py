@@ -4,6 +4,7 @@ Invariant: a row says what it was measured against in the same run; machine, com
 """
 
 import json
+import sys
 from collections.abc import Callable
 from datetime import UTC, datetime
 from importlib import import_module
@@ -11,20 +12,67 @@ from pathlib import Path
 from typing import Any
 
 from gr_platform import provenance, settings, storage
+from gr_platform.errors import UserError
 
-# name -> (module with run(num_threads) -> rows, one sentence)
+# name -> (module:function(num_threads) -> rows, one sentence)
 BENCHES = {
-    "attention": ("kernels.hstu_attention.bench", "HSTU attention against padded eager and a loop over users (1 min)"),
-    "serving": ("serving.bench", "model server: time to ready, cold and cached requests, gRPC overhead (1 min)"),
+    "attention": ("kernels.bench:attention", "attention and sampled softmax against what they replace (1 min)"),
+    "kernels": ("kernels.bench:kernels", "predicted time of every kernel on GPUs; --aot: compiled for them instead"),
+    "serving": ("serving.bench:run", "model server: time to ready, cold and cached requests, gRPC overhead (1 min)"),
 }
+AOT_PROCESSES = 2
 Row = dict[str, Any]
 
 
-def run(name: str) -> list[Row]:
-    """Return the rows of a benchmark with `ok` filled in: whether the value reaches its target (None without one)."""
-    module = import_module(BENCHES[name][0])
-    bench: Callable[[int], list[Row]] = module.run
-    return [row | {"ok": reaches_target(row)} for row in bench(settings.num_threads())]
+def run(name: str, *, aot: bool = False) -> list[Row]:
+    """Return the rows of a benchmark, or of all, with `ok` filled in: whether the value reaches its target.
+
+    aot: of "kernels", what each kernel takes when compiled for each GPU. Raises UserError for another name.
+    """
+    if name != "all" and name not in BENCHES:
+        raise UserError(f"there is no benchmark {name!r}; choose all, {', '.join(BENCHES)}")
+    if aot and name != "kernels":
+        raise UserError(f"--aot compiles kernels, it got benchmark {name!r}; run: gr bench kernels --aot")
+    if aot:
+        rows = compiled_kernels()
+    else:
+        names = BENCHES if name == "all" else (name,)
+        rows = [row for each in names for row in runner(each)(settings.num_threads())]
+    return [row | {"ok": reaches_target(row)} for row in rows]
+
+
+def runner(name: str) -> Callable[[int], list[Row]]:
+    """Return the function(num_threads) behind a benchmark."""
+    module, function = BENCHES[name][0].split(":")
+    found: Callable[[int], list[Row]] = getattr(import_module(module), function)
+    return found
+
+
+def compiled_kernels() -> list[Row]:
+    """Return one row a kernel, specialisation and GPU: spilled bytes, registers, shared memory, occupancy."""
+    from tqdm import tqdm
+
+    from kernels import aot
+
+    with tqdm(desc="compiling", unit="kernel", disable=not sys.stderr.isatty(), leave=False) as bar:
+
+        def show(done: int, total: int) -> None:
+            bar.total = total
+            bar.update(done - bar.n)
+
+        try:
+            return aot.table(num_processes=AOT_PROCESSES, on_progress=show)
+        except ModuleNotFoundError as error:
+            raise UserError(f"kernels cannot be compiled without {error.name}; install it with: make setup") from error
+
+
+def worst(rows: list[Row]) -> list[Row]:
+    """Return, of compiled kernels, the one that spills most of each op, GPU and bound: what a terminal can show."""
+    groups: dict[tuple[str, str, bool], list[Row]] = {}
+    for row in rows:
+        groups.setdefault((row["op"], row["arch"], row["target"] is None), []).append(row)
+    most = [(max(group, key=lambda row: row["value"]), len(group)) for group in groups.values()]
+    return [row | {"name": f"most of {count}: {row['name']}"} for row, count in most]
 
 
 def reaches_target(row: Row) -> bool | None:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from gr_platform.models.config import Kind
 from gr_platform.models.tokens import ranking_tokens, retrieval_tokens
-from kernels.hstu_attention import JaggedTimes
+from kernels import JaggedTimes
 
 History = tuple[np.ndarray, np.ndarray, np.ndarray]
 

@@ -5,9 +5,10 @@ only how weights were found stands in `TrainingConfig`.
 """
 
 from dataclasses import asdict, dataclass, replace
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 Kind = Literal["retrieval", "ranking"]
+Negatives = Literal["shared", "per_token"]
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -57,17 +58,23 @@ class ModelConfig:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingConfig:
-    """How weights are found. `patience` counts epochs without a better validation metric before stopping."""
+    """How weights are found. `patience` counts epochs without a better validation metric before stopping.
+
+    negatives: one draw a step that all its targets share, or one for each target (the paper's).
+    """
 
     learning_rate: float = 1e-3
     batch_size: int = 128
     max_epochs: int = 20
     patience: int = 2
     num_negatives: int = 512
+    negatives: Negatives = "shared"
     seed: int = 1
 
     def __post_init__(self) -> None:
         _positive(self, "learning_rate", "batch_size", "max_epochs", "patience", "num_negatives")
+        if self.negatives not in get_args(Negatives):
+            raise ValueError(f"TrainingConfig.negatives is {self.negatives!r}, must be 'shared' or 'per_token'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

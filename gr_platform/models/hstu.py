@@ -11,31 +11,37 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gr_platform.models.config import ModelConfig
-from kernels.hstu_attention import (
+from kernels import (
     NUM_TIME_BUCKETS,
+    Backend,
     JaggedTimes,
+    attend_candidates,
+    attend_new,
+    hash_dropout,
     hstu_attention,
-    hstu_attention_cached,
-    hstu_attention_candidates,
+    norm_gate_linear,
+    uvqk,
 )
 
-NORM_EPS = 1e-6
 
-
-def _norm(x: Tensor) -> Tensor:
-    return F.layer_norm(x, x.shape[-1:], eps=NORM_EPS)
+def _new_seed(x: Tensor) -> Tensor:
+    """Return a seed int64 [1] on the device of x, drawn from torch's own generator."""
+    return torch.randint(1 << 62, (1,), dtype=torch.int64).to(x.device)
 
 
 class HSTULayer(nn.Module):
-    """One layer: X + f2(Norm(A V) * U), with A V = SiLU(Q K^T + rab) V / N."""
+    """One layer: X + f2(Norm(A V) * U), with A V = SiLU(Q K^T + rab) V / N.
+
+    `backend` forces an implementation of the kernels; None takes the one of the tensors' device.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.num_heads, self.qk_dim, self.v_dim = config.num_heads, config.qk_dim, config.v_dim
-        self.divisor, self.dropout = config.attention_divisor, config.dropout
+        self.max_seq_len, self.dropout = config.max_seq_len, config.dropout
+        self.backend: Backend | None = None
         width = 2 * config.num_heads * (config.qk_dim + config.v_dim)
         self.uvqk = nn.Parameter(torch.empty(config.embedding_dim, width).normal_(std=0.02))
         self.output = nn.Linear(config.num_heads * config.v_dim, config.embedding_dim)
@@ -43,29 +49,37 @@ class HSTULayer(nn.Module):
         self.pos_weight = nn.Parameter(torch.empty(config.max_seq_len).normal_(std=0.02))
         self.time_weight = nn.Parameter(torch.empty(NUM_TIME_BUCKETS).normal_(std=0.02))
 
-    def project(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return u [L, H * v_dim], v [L, H, v_dim], q and k [L, H, qk_dim] of x [L, d]."""
+    def _project(self, x: Tensor, backend: Backend | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return u [L, H * v_dim], v [L, H, v_dim], q and k [L, H, qk_dim] of x [L, d], views of one tensor."""
         v_width, qk_width = self.num_heads * self.v_dim, self.num_heads * self.qk_dim
-        u, v, q, k = F.silu(_norm(x) @ self.uvqk).split([v_width, v_width, qk_width, qk_width], dim=-1)
+        u, v, q, k = uvqk(x, self.uvqk, backend=backend).split([v_width, v_width, qk_width, qk_width], dim=-1)
         by_qk_head, by_v_head = (self.num_heads, self.qk_dim), (self.num_heads, self.v_dim)
         return u, v.unflatten(-1, by_v_head), q.unflatten(-1, by_qk_head), k.unflatten(-1, by_qk_head)
 
-    def combine(self, x: Tensor, attention: Tensor, u: Tensor) -> Tensor:
+    def _combine(self, x: Tensor, attention: Tensor, u: Tensor, backend: Backend | None) -> Tensor:
         """Return the layer's output [L, d] from its input, the attention output [L, H, v_dim] and the gate u."""
-        gated = _norm(attention.flatten(1)) * u
-        return x + self.output(F.dropout(gated, self.dropout, self.training))
+        dropout = self.dropout if self.training else 0.0
+        seed = _new_seed(x) if dropout else None
+        weight, bias = self.output.weight, self.output.bias
+        return norm_gate_linear(attention.flatten(1), u, weight, bias, x, dropout=dropout, seed=seed, backend=backend)
 
     def forward(self, x: Tensor, jagged: JaggedTimes) -> Tensor:
         """Return [L, d] for whole jagged sequences."""
-        u, v, q, k = self.project(x)
-        return self.combine(x, hstu_attention(q, k, v, jagged, self.pos_weight, self.time_weight, self.divisor), u)
+        u, v, q, k = self._project(x, self.backend)
+        attention = hstu_attention(
+            q, k, v, jagged, self.pos_weight, self.time_weight, self.max_seq_len, backend=self.backend
+        )
+        return self._combine(x, attention, u, self.backend)
 
     def encode(
         self, x: Tensor, query_times: Tensor, key_times: Tensor, past_k: Tensor, past_v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the rows [L, d] of one user's new tokens and their own k, v; past_k, past_v [P, H, dim]."""
-        u, v, q, k = self.project(x)
-        attention = hstu_attention_cached(
+        """Return the rows [L, d] of one user's new tokens and their own k, v; past_k, past_v [P, H, dim].
+
+        Plain operations: this is what the bundle exports.
+        """
+        u, v, q, k = self._project(x, "reference")
+        attention = attend_new(
             q,
             torch.cat([past_k, k]),
             torch.cat([past_v, v]),
@@ -73,17 +87,17 @@ class HSTULayer(nn.Module):
             key_times,
             self.pos_weight,
             self.time_weight,
-            self.divisor,
+            self.max_seq_len,
         )
-        return self.combine(x, attention, u), k, v
+        return self._combine(x, attention, u, "reference"), k, v
 
     def score(self, x: Tensor, request_time: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
         """Return the rows [C, d] of candidates that see the history and themselves; request_time int64 [1]."""
-        u, v, q, k = self.project(x)
-        attention = hstu_attention_candidates(
-            q, k, v, past_k, past_v, request_time, past_times, self.pos_weight, self.time_weight, self.divisor
+        u, v, q, k = self._project(x, "reference")
+        attention = attend_candidates(
+            q, k, v, past_k, past_v, request_time, past_times, self.pos_weight, self.time_weight, self.max_seq_len
         )
-        return self.combine(x, attention, u)
+        return self._combine(x, attention, u, "reference")
 
 
 class HSTU(nn.Module):
@@ -99,7 +113,8 @@ class HSTU(nn.Module):
 
     def forward(self, x: Tensor, jagged: JaggedTimes) -> Tensor:
         """Return rows [L, d] of jagged sequences of token vectors x [L, d]."""
-        x = F.dropout(x, self.dropout, self.training)
+        if self.training and self.dropout:
+            x = hash_dropout(x, self.dropout, _new_seed(x), backend=self._stack()[0].backend)
         for layer in self._stack():
             x = layer(x, jagged)
         return x

@@ -6,12 +6,12 @@ serving needs the item vectors and the last token's row alone.
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from gr_platform.models.batch import EventBatch
 from gr_platform.models.config import ModelConfig
 from gr_platform.models.embeddings import TokenEmbedding
 from gr_platform.models.hstu import HSTU
+from kernels import sampled_softmax
 
 UNIT_EPS = 1e-6
 
@@ -21,12 +21,17 @@ def unit(x: Tensor) -> Tensor:
     return x / torch.clamp(torch.linalg.vector_norm(x, dim=-1, keepdim=True), min=UNIT_EPS)
 
 
+def target_events(batch: EventBatch, positive_mask: int) -> Tensor:
+    """Return which events [L] are targets: those with an action of `positive_mask`."""
+    return (batch.actions & positive_mask) != 0
+
+
 class RetrievalModel(nn.Module):
     """HSTU over start, event_0, event_1, ...; token i predicts event i, the start token the first."""
 
     def __init__(self, config: ModelConfig, *, num_rows: int, first_item: int, num_actions: int) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.num_rows = config, num_rows
         self.embedding = TokenEmbedding(config, num_rows=num_rows, first_item=first_item, num_actions=num_actions)
         self.encoder = HSTU(config)
 
@@ -38,22 +43,31 @@ class RetrievalModel(nn.Module):
     def loss(self, batch: EventBatch, *, negatives: Tensor, positive_mask: int) -> tuple[Tensor, int]:
         """Return the mean sampled-softmax loss and the number of targets.
 
-        negatives int64 [M]: item rows shared by all targets; where one equals the target it is masked. Events without
-        an action of `positive_mask` are not targets.
+        negatives int64: item rows, [M] shared by all targets or [targets, M]; where one equals its target it is masked.
+        Events without an action of `positive_mask` are not targets.
         """
         rows, seq_offsets = self._rows(batch)
         # Every token but a user's last one has the following event as its target, and those are the events in order.
         predicts = torch.ones(len(rows), dtype=torch.bool)
         predicts[seq_offsets[1:] - 1] = False
-        is_target = (batch.actions & positive_mask) != 0
+        is_target = target_events(batch, positive_mask)
         users, targets = unit(rows[predicts][is_target]), batch.items[is_target]
-        candidates = unit(self.embedding.items.lookup(negatives))
-        positive = (users * unit(self.embedding.items.lookup(targets))).sum(-1, keepdim=True)
-        negative = (users @ candidates.T).masked_fill(targets[:, None] == negatives[None, :], float("-inf"))
-        logits = torch.cat([positive, negative], dim=1) / self.config.temperature
-        if not len(logits):
+        if not len(targets):
             return rows.sum() * 0.0, 0
-        return F.cross_entropy(logits, torch.zeros(len(logits), dtype=torch.int64)), len(logits)
+        items, targets, negatives = self._drawn(targets, negatives)
+        losses = sampled_softmax(users, items, targets, negatives, self.config.temperature)
+        return losses.mean(), len(losses)
+
+    def _drawn(self, targets: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return normalised item vectors [V, d] and the rows of targets and negatives in them.
+
+        The vectors are the whole table, or the drawn rows alone where that is less to normalise.
+        """
+        if self.num_rows <= len(targets) + negatives.numel():
+            return self.item_vectors(), targets, negatives
+        rows, places = torch.unique(torch.cat([targets, negatives.flatten()]), return_inverse=True)
+        targets, negatives = places[: len(targets)], places[len(targets) :].view(negatives.shape)
+        return unit(self.embedding.items.lookup(rows)), targets, negatives
 
     def user_vectors(self, batch: EventBatch) -> Tensor:
         """Return normalised vectors [B, d] of the users, looking from their request times."""

@@ -30,7 +30,7 @@ from gr_platform.training.seeds import torch_seed
 
 logger = logging.getLogger(__name__)
 
-TRAINER_VERSION = 2
+TRAINER_VERSION = 3
 MIN_USERS = 10
 ADAM_BETAS = (0.9, 0.98)
 CURVES = "curves.json"

@@ -15,7 +15,7 @@ from gr_platform.models.batch import EventBatch
 from gr_platform.models.build import Model
 from gr_platform.models.config import Recipe
 from gr_platform.models.ranking import RankingModel
-from gr_platform.models.retrieval import RetrievalModel
+from gr_platform.models.retrieval import RetrievalModel, target_events
 from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.splits import train_ends
 from gr_platform.training.negatives import uniform_negatives
@@ -46,12 +46,14 @@ class RetrievalObjective:
         """Return the mean loss against this step's negatives."""
         assert isinstance(model, RetrievalModel)
         vocabulary = self.dataset.vocabulary
+        per_token = self.training.negatives == "per_token"
         negatives = uniform_negatives(
             first_item=vocabulary.first_item,
             num_rows=vocabulary.num_rows,
             num_negatives=self.training.num_negatives,
             seed=self.training.seed,
             step=step,
+            num_targets=int(target_events(batch, self.positive_mask).sum()) if per_token else None,
         )
         return model.loss(batch, negatives=negatives, positive_mask=self.positive_mask)
 

@@ -1,103 +1,191 @@
-"""Jagged HSTU attention that keeps no [n, n] tensor for the backward pass: it is computed again there.
+"""HSTU attention on the CPU: padded products of users of like length, tile by tile, computed again in the backward.
 
-Invariant: users are computed one by one, on copies of their own, so a user's output is bit-equal whatever else is in
-the batch. A view would not do: BLAS rounds by the operands' alignment, which depends on the users before.
+Invariant: no tensor of n x n outlives its tile, and a user's rows are bit-equal whatever else is in the batch: its
+operands are copies of its own (BLAS rounds by alignment) in shapes that its own length decides.
 
-Legend: as in reference.py; n tokens of one user.
+Legend: L tokens, G users of a group, H heads, D / Dv head dims, n padded history, r queries and c keys of a tile.
 """
 
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
-from kernels.hstu_attention.time_buckets import NUM_TIME_BUCKETS
+from kernels.hstu_attention.cpu_bias import TileBias
+from kernels.hstu_attention.tiles import ROWS, Group, Span, groups, spans, tile_buckets
 
-
-def _distance_bias(pos_weight: Tensor, longest: int) -> tuple[Tensor, Tensor]:
-    """Return the position bias [longest, longest] and the distances it was taken by (clamped at 0)."""
-    steps = torch.arange(longest, device=pos_weight.device)
-    distance = (steps[:, None] - steps[None, :]).clamp(min=0)
-    return pos_weight[distance], distance
+silu_backward = torch.ops.aten.silu_backward
 
 
-def _of_user(x_LHD: Tensor, user: slice) -> Tensor:
-    """Return one user's rows as a contiguous copy [H, n, D]."""
-    return x_LHD[user].transpose(0, 1).clone(memory_format=torch.contiguous_format)
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What is not learned: users, the flat buckets of their tiles, N, and the window (0: none)."""
 
-
-def _scores(q_HnD: Tensor, k_HnD: Tensor, pos_bias: Tensor, time_weight: Tensor, buckets: Tensor) -> Tensor:
-    """Return q k^T + rab [H, n, n] of one user."""
-    bias = time_weight.index_select(0, buckets.view(-1)).view(buckets.shape)
-    bias += pos_bias[: len(buckets), : len(buckets)]
-    return torch.baddbmm(bias.expand(len(q_HnD), -1, -1), q_HnD, k_HnD.transpose(1, 2))
-
-
-class _HSTUAttention(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        q: Tensor,
-        k: Tensor,
-        v: Tensor,
-        pos_weight: Tensor,
-        time_weight: Tensor,
-        bounds: list[int],
-        buckets: list[Tensor],
-        divisor: int,
-    ) -> Tensor:
-        longest = max((len(b) for b in buckets), default=0)
-        pos_bias, _ = _distance_bias(pos_weight, longest)
-        out = torch.empty_like(v)
-        for start, stop, bucket in zip(bounds, bounds[1:], buckets, strict=False):
-            user = slice(start, stop)
-            scores = _scores(_of_user(q, user), _of_user(k, user), pos_bias, time_weight, bucket)
-            weights = torch.nn.functional.silu(scores, inplace=True).tril_()
-            out[user] = torch.bmm(weights, _of_user(v, user)).div_(divisor).transpose(0, 1)
-        ctx.save_for_backward(q, k, v, pos_weight, time_weight)
-        ctx.bounds, ctx.buckets, ctx.divisor = bounds, buckets, divisor
-        return out
+    users: list[Span]
+    buckets: Tensor
+    max_seq_len: int
+    max_attn_len: int
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, pos_weight, time_weight = ctx.saved_tensors
-        longest = max((len(b) for b in ctx.buckets), default=0)
-        pos_bias, distance = _distance_bias(pos_weight, longest)
-        dq, dk, dv = torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)
-        d_distance = torch.zeros_like(pos_bias)
-        d_time = torch.zeros(NUM_TIME_BUCKETS, dtype=torch.float64, device=time_weight.device)
-        for start, stop, bucket in zip(ctx.bounds, ctx.bounds[1:], ctx.buckets, strict=False):
-            user, n = slice(start, stop), stop - start
-            q_HnD, k_HnD, v_HnD = _of_user(q, user), _of_user(k, user), _of_user(v, user)
-            grad_HnD = _of_user(grads[0], user).div_(ctx.divisor)
-            scores = _scores(q_HnD, k_HnD, pos_bias, time_weight, bucket)
-            sigmoid = torch.sigmoid(scores)
-            silu = scores * sigmoid
-            # d silu(s) / ds = sigmoid + silu * (1 - sigmoid)
-            slope = sigmoid.addcmul(silu, 1 - sigmoid)
-            dv[user] = torch.bmm(silu.tril_().transpose(1, 2), grad_HnD).transpose(0, 1)
-            d_scores = torch.bmm(grad_HnD, v_HnD.transpose(1, 2)).mul_(slope).tril_()
-            dq[user] = torch.bmm(d_scores, k_HnD).transpose(0, 1)
-            dk[user] = torch.bmm(d_scores.transpose(1, 2), q_HnD).transpose(0, 1)
-            d_bias = d_scores.sum(0)
-            d_distance[:n, :n] += d_bias
-            d_time += torch.bincount(bucket.view(-1), d_bias.view(-1).double(), minlength=NUM_TIME_BUCKETS)
-        d_pos = torch.bincount(distance.view(-1), d_distance.view(-1).double(), minlength=len(pos_weight))
-        return (
-            dq, dk, dv,
-            d_pos.to(pos_weight.dtype), d_time.to(time_weight.dtype), None, None, None,
-        )  # fmt: skip
+    def of(
+        seq_offsets: Tensor,
+        times: Tensor,
+        query_times: Tensor,
+        num_targets: Tensor | None,
+        plan: Tensor,
+        max_seq_len: int,
+        max_attn_len: int,
+    ) -> "Batch":
+        """Return the batch; `plan` holds the buckets, or nothing: then they are computed."""
+        users = spans(seq_offsets.tolist(), None if num_targets is None else num_targets.tolist())
+        buckets = plan if len(plan) or not len(times) else tile_buckets(users, times, query_times)
+        return Batch(users, buckets, max_seq_len, max_attn_len)
+
+    def bias(self, pos_weight: Tensor, time_weight: Tensor) -> TileBias:
+        """Return the biases of one walk over the tiles."""
+        longest = max((user.h for user in self.users), default=0)
+        return TileBias(pos_weight, time_weight, self.buckets, -(-longest // ROWS) * ROWS, self.max_attn_len)
+
+    def first_key(self, first: int) -> int:
+        """Return the first key that some query from row `first` on sees."""
+        return max(0, first - self.max_attn_len) if self.max_attn_len else 0
 
 
-def hstu_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    bounds: list[int],
-    buckets: list[Tensor],
-    pos_weight: Tensor,
-    time_weight: Tensor,
-    divisor: int,
-) -> Tensor:
-    """Return what `reference.hstu_attention` returns; `buckets` (int32 [n, n] a user) are shared by the layers."""
-    return _HSTUAttention.apply(q, k, v, pos_weight, time_weight, bounds, buckets, divisor)
+def _padded(x_LHD: Tensor, rows: Tensor) -> Tensor:
+    """Return the rows int64 [G, n] of a group as a contiguous copy [G * H, n, D]."""
+    num_users, n = rows.shape
+    heads, dim = x_LHD.shape[1:]
+    taken = x_LHD.index_select(0, rows.view(-1)).view(num_users, n, heads, dim)
+    return taken.transpose(1, 2).contiguous().view(num_users * heads, n, dim)
+
+
+def _unpadded(x_GHnD: Tensor, real: Tensor) -> Tensor:
+    """Return the real rows of a group [sum of lengths, H, D]."""
+    num_users, n = real.shape
+    return x_GHnD.view(num_users, -1, n, x_GHnD.shape[-1]).transpose(1, 2)[real]
+
+
+def _scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+    """Return q k^T + bias [G * H, r, c]; bias [G, r, c] is shared by the heads."""
+    heads = len(q) // len(bias)
+    scores = bias[:, None].expand(-1, heads, -1, -1).contiguous().view(len(q), *bias.shape[1:])
+    return scores.baddbmm_(q, k.transpose(1, 2))
+
+
+def _of_user(x_LHD: Tensor, rows: slice) -> Tensor:
+    """Return rows of one user as a contiguous copy [H, rows, D]."""
+    return x_LHD[rows].transpose(0, 1).clone(memory_format=torch.contiguous_format)
+
+
+def _by_heads(d_scores: Tensor, num_users: int) -> Tensor:
+    """Return the gradient of the bias [G, r, c]: the sum over heads."""
+    return d_scores.view(num_users, -1, *d_scores.shape[1:]).sum(1)
+
+
+def forward(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, time_weight: Tensor, batch: Batch) -> Tensor:
+    """Return attention [L, H, Dv], see `reference.hstu_attention`."""
+    out = v.new_empty(v.shape)
+    bias = batch.bias(pos_weight, time_weight)
+    for group in groups(batch.users):
+        rows, real = group.rows()
+        q_pad, k_pad, v_pad = (_padded(x, rows) for x in (q, k, v))
+        out_pad = torch.empty_like(v_pad)
+        for first, last in group.row_blocks():
+            keys = slice(batch.first_key(first), last)
+            buckets = bias.next_buckets(len(rows), last - first, last)[:, :, keys]
+            scores = _scores(q_pad[:, first:last], k_pad[:, keys], bias.of_block(buckets))
+            out_pad[:, first:last] = torch.bmm(F.silu(scores, inplace=True), v_pad[:, keys])
+        out[rows[real]] = _unpadded(out_pad, real).div_(batch.max_seq_len)
+    for user in batch.users:
+        if user.m:
+            _targets_forward(out, (q, k, v), user, bias, batch.max_seq_len)
+    return out
+
+
+def _targets_forward(
+    out: Tensor, qkv: tuple[Tensor, Tensor, Tensor], user: Span, bias: TileBias, max_seq_len: int
+) -> None:
+    """Write the rows of a user's targets, which see the history and themselves."""
+    k_past, v_past = (_of_user(x, user.history()) for x in qkv[1:])
+    for rows in user.target_rows():
+        q, k, v = (_of_user(x, rows) for x in qkv)
+        tile = bias.of_targets(bias.next_buckets(q.shape[1], user.h))
+        result = torch.bmm(F.silu(_scores(q, k_past, tile[None]), inplace=True), v_past)
+        alone = (q * k).sum(-1) + bias.of_themselves(bias.next_buckets(q.shape[1]))
+        out[rows] = result.addcmul_(F.silu(alone)[..., None], v).div_(max_seq_len).transpose(0, 1)
+
+
+Gradients = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]
+
+
+def backward(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, time_weight: Tensor, batch: Batch
+) -> Gradients:
+    """Return the gradients of q, k, v, pos_weight and time_weight."""
+    dq, dk, dv = q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+    bias = batch.bias(pos_weight, time_weight)
+    for group in groups(batch.users):
+        rows, real = group.rows()
+        grads = _group_backward(grad, (q, k, v), group, rows, real, bias, batch)
+        for whole, of_group in zip((dq, dk, dv), grads, strict=True):
+            whole[rows[real]] = _unpadded(of_group, real)
+    for user in batch.users:
+        if user.m:
+            _targets_backward((dq, dk, dv), grad, (q, k, v), user, bias, batch.max_seq_len)
+    return dq, dk, dv, *bias.gradients()
+
+
+def _group_backward(
+    grad: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    group: Group,
+    rows: Tensor,
+    real: Tensor,
+    bias: TileBias,
+    batch: Batch,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return the padded gradients of q, k and v [G * H, n, D] of a group's history, and collect those of the bias."""
+    q, k, v = (_padded(x, rows) for x in qkv)
+    heads = qkv[0].shape[1]
+    padding = ~real.repeat_interleave(heads, 0)[..., None]
+    d_out = _padded(grad, rows).div_(batch.max_seq_len).masked_fill_(padding, 0.0)
+    dq, dk, dv = torch.empty_like(q), torch.zeros_like(k), torch.zeros_like(v)
+    for first, last in group.row_blocks():
+        block, keys = slice(first, last), slice(batch.first_key(first), last)
+        buckets = bias.next_buckets(len(rows), last - first, last)[:, :, keys]
+        scores = _scores(q[:, block], k[:, keys], bias.of_block(buckets))
+        dv[:, keys] += torch.bmm(F.silu(scores).transpose(1, 2), d_out[:, block])
+        d_scores = silu_backward(torch.bmm(d_out[:, block], v[:, keys].transpose(1, 2)), scores)
+        dq[:, block] = torch.bmm(d_scores, k[:, keys])
+        dk[:, keys] += torch.bmm(d_scores.transpose(1, 2), q[:, block])
+        bias.collect_block(_by_heads(d_scores, len(rows)), buckets)
+    return dq, dk, dv
+
+
+def _targets_backward(
+    grads: tuple[Tensor, Tensor, Tensor],
+    grad: Tensor,
+    qkv: tuple[Tensor, Tensor, Tensor],
+    user: Span,
+    bias: TileBias,
+    max_seq_len: int,
+) -> None:
+    """Write the gradients of a user's targets and add theirs to its history's k and v."""
+    dq, dk, dv = grads
+    past = user.history()
+    k_past, v_past = (_of_user(x, past) for x in qkv[1:])
+    for rows in user.target_rows():
+        q, k, v = (_of_user(x, rows) for x in qkv)
+        d_out = _of_user(grad, rows).div_(max_seq_len)
+        buckets, own = bias.next_buckets(q.shape[1], user.h), bias.next_buckets(q.shape[1])
+        scores = _scores(q, k_past, bias.of_targets(buckets)[None])
+        d_scores = silu_backward(torch.bmm(d_out, v_past.transpose(1, 2)), scores)
+        alone = (q * k).sum(-1) + bias.of_themselves(own)
+        d_alone = silu_backward((d_out * v).sum(-1), alone)[..., None]
+        dq[rows] = (torch.bmm(d_scores, k_past) + d_alone * k).transpose(0, 1)
+        dk[rows], dv[rows] = (d_alone * q).transpose(0, 1), (F.silu(alone)[..., None] * d_out).transpose(0, 1)
+        dk[past] += torch.bmm(d_scores.transpose(1, 2), q).transpose(0, 1)
+        dv[past] += torch.bmm(F.silu(scores).transpose(1, 2), d_out).transpose(0, 1)
+        bias.collect_targets(d_scores.sum(0), buckets)
+        bias.collect_themselves(d_alone.sum((0, 2)), own)

@@ -1,55 +1,21 @@
-"""The one entry to jagged HSTU attention: per-batch work is done once and shared by the layers.
+"""The one entry to jagged HSTU attention, and its registration as `gr::hstu_attention`.
 
 Invariant: the backends agree; which one runs is never visible in a score beyond rounding.
+
+Legend: L tokens, H heads, D / Dv head dims, N max_seq_len.
 """
 
-import itertools
-from dataclasses import dataclass
-from typing import Literal
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kernels.dispatch import KERNEL_DTYPES, Backend, choose, require, require_tensor
 from kernels.hstu_attention import cpu, reference
-from kernels.hstu_attention.time_buckets import TIME_THRESHOLDS_MS
+from kernels.hstu_attention.batch import JaggedTimes
+from kernels.hstu_attention.time_buckets import NUM_TIME_BUCKETS
 
-Backend = Literal["reference", "cpu"]
-
-
-@dataclass(frozen=True, slots=True)
-class JaggedTimes:
-    """Offsets and times of a jagged batch with its time buckets, computed once and used by every layer.
-
-    seq_offsets int64 [B + 1]; times, query_times int64 [L] ms; buckets: int32 [n, n] for each user with n tokens.
-    """
-
-    seq_offsets: Tensor
-    times: Tensor
-    query_times: Tensor
-    bounds: list[int]
-    buckets: list[Tensor]
-
-    @staticmethod
-    def of(seq_offsets: Tensor, times: Tensor, query_times: Tensor) -> "JaggedTimes":
-        """Check the offsets and compute the buckets. Raises ValueError naming the argument."""
-        bounds = seq_offsets.tolist()
-        if (
-            not bounds
-            or bounds[0] != 0
-            or bounds[-1] != len(times)
-            or any(a > b for a, b in itertools.pairwise(bounds))
-        ):
-            raise ValueError(
-                f"seq_offsets must rise from 0 to the number of tokens {len(times)}, got {bounds[:3]}..{bounds[-1:]}"
-            )
-        if times.dtype != torch.int64 or query_times.dtype != torch.int64 or times.shape != query_times.shape:
-            raise ValueError("times and query_times must be int64 of one shape, in milliseconds")
-        thresholds = torch.tensor(TIME_THRESHOLDS_MS, dtype=torch.int64, device=times.device)
-        buckets = []
-        for start, stop in itertools.pairwise(bounds):
-            difference = (query_times[start:stop, None] - times[None, start:stop]).abs_()
-            buckets.append(torch.searchsorted(thresholds, difference, right=True, out_int32=True))
-        return JaggedTimes(seq_offsets, times, query_times, bounds, buckets)
+MAX_HEAD_DIM = 256
 
 
 def hstu_attention(
@@ -59,23 +25,131 @@ def hstu_attention(
     jagged: JaggedTimes,
     pos_weight: Tensor,
     time_weight: Tensor,
-    divisor: int,
+    max_seq_len: int,
     *,
-    backend: Backend = "cpu",
+    max_attn_len: int = 0,
+    backend: Backend | None = None,
 ) -> Tensor:
-    """Return causal attention with rab [L, H, Dv] of q, k [L, H, D] and v [L, H, Dv].
+    """Return SiLU(q k^T + rab) v / N [L, H, Dv], causal, with rab from distances and time differences.
 
-    Raises ValueError if a sequence is longer than `pos_weight` has distances for, or the lengths disagree.
+    q, k [L, H, D], v [L, H, Dv] in fp32, bf16 or fp16 (fp64 on the CPU); pos_weight [N] and time_weight [129], shared
+    by the heads; max_seq_len: the constant N that a history (and the row of targets after it) must fit and the sum is
+    divided by; max_attn_len: the largest distance that is seen, 0 for all. Results do not depend on batch mates and
+    repeat bit for bit: there is no other mode. Raises ValueError naming the argument. Source: PAPER sections 2 and 4.
     """
-    longest = max((stop - start for start, stop in zip(jagged.bounds, jagged.bounds[1:], strict=False)), default=0)
-    if longest > len(pos_weight):
-        raise ValueError(
-            f"a sequence has {longest} tokens, pos_weight allows {len(pos_weight)}; cut the history to max_events"
-        )
-    if not len(q) == len(k) == len(v) == len(jagged.times):
-        raise ValueError(f"q, k, v have {len(q)}, {len(k)}, {len(v)} tokens, the offsets end at {len(jagged.times)}")
-    if backend == "reference":
-        return reference.hstu_attention(
-            q, k, v, jagged.seq_offsets, jagged.times, jagged.query_times, pos_weight, time_weight, divisor
-        )
-    return cpu.hstu_attention(q, k, v, jagged.bounds, jagged.buckets, pos_weight, time_weight, divisor)
+    check(q, k, v, pos_weight, time_weight, len(jagged.times), max_seq_len, max_attn_len)
+    require(jagged.times.device == q.device, "device of jagged", jagged.times.device, f"{q.device}, as q")
+    require(
+        jagged.max_uih_len <= max_seq_len,
+        "max_seq_len",
+        max_seq_len,
+        f"at least {jagged.max_uih_len}, the longest history of the batch; cut the history to max_events",
+    )
+    shared = (jagged.seq_offsets, jagged.times, jagged.query_times, jagged.num_targets)
+    chosen = choose(backend, q)
+    if chosen == "reference":
+        return reference.hstu_attention(q, k, v, pos_weight, time_weight, *shared, max_seq_len, max_attn_len)
+    return _attention(q, k, v, pos_weight, time_weight, *shared, jagged.plan, max_seq_len, max_attn_len, chosen)
+
+
+def check(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    time_weight: Tensor,
+    num_tokens: int,
+    max_seq_len: int,
+    max_attn_len: int,
+) -> None:
+    """Raise ValueError naming the first argument that does not fit the others."""
+    require(q.dim() == 3, "shape of q", list(q.shape), "[tokens, heads, head dim]")
+    dtypes = KERNEL_DTYPES if q.is_cuda else (*KERNEL_DTYPES, torch.float64)
+    heads, dim = q.shape[1:]
+    require_tensor("q", q, shape=(num_tokens, None, None), dtype=dtypes)
+    require_tensor("k", k, shape=(num_tokens, heads, dim), dtype=q.dtype, like=q)
+    require_tensor("v", v, shape=(num_tokens, heads, None), dtype=q.dtype, like=q)
+    for argument, x in (("q", q), ("v", v)):
+        size = x.shape[-1]
+        require(1 <= size <= MAX_HEAD_DIM, f"head dim of {argument}", size, f"between 1 and {MAX_HEAD_DIM}")
+    require(max_seq_len > 0, "max_seq_len", max_seq_len, "positive")
+    require(max_attn_len >= 0, "max_attn_len", max_attn_len, "0 (no bound) or positive")
+    weights = (torch.float32, q.dtype)
+    require_tensor("pos_weight", pos_weight, shape=(max_seq_len,), dtype=weights, like=q)
+    require_tensor("time_weight", time_weight, shape=(NUM_TIME_BUCKETS,), dtype=pos_weight.dtype, like=q)
+
+
+@torch.library.custom_op("gr::hstu_attention", mutates_args=())
+def _attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    time_weight: Tensor,
+    seq_offsets: Tensor,
+    times: Tensor,
+    query_times: Tensor,
+    num_targets: Tensor | None,
+    plan: Tensor,
+    max_seq_len: int,
+    max_attn_len: int,
+    backend: str,
+) -> Tensor:
+    shared = (seq_offsets, times, query_times, num_targets, plan, max_seq_len, max_attn_len)
+    if backend == "triton":
+        from kernels.hstu_attention import triton
+
+        return triton.forward(q, k, v, pos_weight, time_weight, *shared)
+    return cpu.forward(q, k, v, pos_weight, time_weight, cpu.Batch.of(*shared))
+
+
+@_attention.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+@torch.library.custom_op("gr::hstu_attention_backward", mutates_args=())
+def _attention_backward(
+    grad: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pos_weight: Tensor,
+    time_weight: Tensor,
+    seq_offsets: Tensor,
+    times: Tensor,
+    query_times: Tensor,
+    num_targets: Tensor | None,
+    plan: Tensor,
+    max_seq_len: int,
+    max_attn_len: int,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    shared = (seq_offsets, times, query_times, num_targets, plan, max_seq_len, max_attn_len)
+    if backend == "triton":
+        from kernels.hstu_attention import triton_backward
+
+        return triton_backward.backward(grad, q, k, v, pos_weight, time_weight, *shared)
+    return cpu.backward(grad, q, k, v, pos_weight, time_weight, cpu.Batch.of(*shared))
+
+
+@_attention_backward.register_fake
+def _(
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, time_weight: Tensor, *_: Any
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    dq, dk, dv = (x.new_empty(x.shape) for x in (q, k, v))
+    return dq, dk, dv, torch.empty_like(pos_weight), torch.empty_like(time_weight)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, max_seq_len, max_attn_len, backend = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.constants = (max_seq_len, max_attn_len, backend)
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    grads = _attention_backward(grad.contiguous(), *ctx.saved_tensors, *ctx.constants)
+    return (*grads, *[None] * 8)
+
+
+_attention.register_autograd(_backward, setup_context=_setup_context)

@@ -8,7 +8,9 @@ from safetensors.torch import load_file
 from gr_platform.errors import UserError
 from gr_platform.evaluation.protocols import evaluate_ranking, evaluate_retrieval, rank_by_popularity, retrieval_facts
 from gr_platform.models.build import build_model
+from gr_platform.models.config import Recipe
 from gr_platform.models.recipes import tiny
+from gr_platform.models.retrieval import RetrievalModel
 from gr_platform.training import epoch as epoch_module
 from gr_platform.training import loop
 from gr_platform.training.batches import shuffled_batches, training_batch
@@ -207,6 +209,74 @@ def test_negatives_are_item_rows_drawn_by_seed_and_step():
     assert (counts[5:] > 60).all()
     with pytest.raises(ValueError, match="no item rows"):
         uniform_negatives(first_item=5, num_rows=5, num_negatives=4, seed=1, step=0)
+    for_each = uniform_negatives(first_item=5, num_rows=9, num_negatives=100, seed=1, step=3, num_targets=4)
+    assert for_each.shape == (4, 100)
+    # The same stream as the shared draw: a function of (seed, step), whatever the shape.
+    assert torch.equal(for_each.flatten(), draw(1, 3))
+
+
+@pytest.mark.parametrize("for_each", [False, True])
+@pytest.mark.parametrize("num_rows", [20, 2000])
+def test_the_retrieval_loss_is_cross_entropy_over_the_target_and_its_negatives(make_dataset, num_rows, for_each):
+    config = tiny("retrieval").model
+    users = [[((7 * step + user) % 15, 1 + step % 2, 1000 * step) for step in range(9)] for user in range(4)]
+    dataset = make_dataset(users, 15)
+    batch = training_batch(dataset, np.arange(4), np.full(4, 9), config)
+    torch.manual_seed(1)
+    model = build_model(config, num_rows=num_rows, num_actions=2, tasks=[]).eval()
+    is_target = (batch.actions & 0b10) != 0
+    num_targets, targets = int(is_target.sum()), batch.items[is_target]
+    shape = (num_targets, 30) if for_each else (30,)
+    negatives = torch.randint(5, 20, shape, generator=torch.Generator().manual_seed(2))
+    loss, count = model.loss(batch, negatives=negatives, positive_mask=0b10)
+    got = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+
+    rows, seq_offsets = model._rows(batch)
+    predicts = torch.ones(len(rows), dtype=torch.bool)
+    predicts[seq_offsets[1:] - 1] = False
+    scores = torch.nn.functional.normalize(rows[predicts][is_target], dim=1) @ model.item_vectors().T
+    drawn = negatives.expand(num_targets, 30)
+    negative = scores.gather(1, drawn).masked_fill(drawn == targets[:, None], float("-inf"))
+    logits = torch.cat([scores.gather(1, targets[:, None]), negative], dim=1) / config.temperature
+    expected = torch.nn.functional.cross_entropy(logits, torch.zeros(num_targets, dtype=torch.int64))
+    assert count == num_targets
+    assert (drawn == targets[:, None]).any()
+    torch.testing.assert_close(loss, expected)
+    for a, b in zip(got, torch.autograd.grad(expected, list(model.parameters()), allow_unused=True), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_a_batch_without_targets_has_no_loss(make_dataset):
+    config = tiny("retrieval").model
+    dataset = make_dataset([[(step, 1, step) for step in range(6)]], 10)
+    batch = training_batch(dataset, np.array([0]), np.array([6]), config)
+    model = build_model(config, num_rows=dataset.vocabulary.num_rows, num_actions=2, tasks=[])
+    loss, count = model.loss(batch, negatives=torch.arange(5, 9), positive_mask=0b10)
+    loss.backward()
+    assert (loss.item(), count) == (0.0, 0)
+
+
+def test_a_model_trains_with_negatives_of_each_target(cycle_dataset, tmp_path, monkeypatch):
+    shapes = []
+    real = RetrievalModel.loss
+    monkeypatch.setattr(
+        RetrievalModel, "loss", lambda self, *a, **k: (shapes.append(k["negatives"].shape), real(self, *a, **k))[1]
+    )
+    recipe = tiny("retrieval").with_training(max_epochs=4, negatives="per_token", learning_rate=5e-3)
+    train(cycle_dataset, recipe, tmp_path / "run", progress=False)
+    curves = json.loads((tmp_path / "run" / "curves.json").read_text())
+    assert curves[-1]["loss"] < curves[0]["loss"]
+    assert sum(shape[0] for shape in shapes) == sum(entry["num_targets"] for entry in curves)
+    assert {shape[1] for shape in shapes} == {recipe.training.num_negatives}
+
+
+def test_a_recipe_without_the_negatives_field_loads_with_shared_ones():
+    written = tiny("retrieval").to_json()
+    del written["training"]["negatives"]
+    assert Recipe.from_json(written) == tiny("retrieval")
+    assert tiny("retrieval").training.negatives == "shared"
+    with pytest.raises(ValueError, match=r"TrainingConfig\.negatives is 'own'"):
+        tiny("retrieval").with_training(negatives="own")
 
 
 def test_a_checkpoint_gives_back_weights_optimiser_and_progress_exactly(tmp_path):

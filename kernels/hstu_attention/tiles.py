@@ -1,0 +1,102 @@
+"""How the CPU path cuts a jagged batch into tiles that stay in cache, and the time buckets of every tile.
+
+Invariant: the tiles of a user depend on its own length alone, never on its batch mates: users share a padded product
+only if their lengths round up to the same multiple, so every product has the same shape whoever else is there.
+
+Legend: G users of a group, n their padded history length, h a user's history length, m its targets.
+"""
+
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kernels.hstu_attention.time_buckets import TIME_THRESHOLDS_MS
+
+ROWS = 128
+LENGTH_STEP = 16
+# Elements of one tile over all heads but one: its scores stay in the second-level cache.
+TILE_ELEMENTS = 1 << 17
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One user: its history is rows start..start+h-1 of the batch, its m targets follow."""
+
+    start: int
+    h: int
+    m: int
+
+    def history(self) -> slice:
+        """Return the rows of the history."""
+        return slice(self.start, self.start + self.h)
+
+    def target_rows(self) -> Iterator[slice]:
+        """Yield the rows of blocks of targets whose tile against the history fits the cache."""
+        size, stop = max(1, TILE_ELEMENTS // max(1, self.h)), self.start + self.h + self.m
+        for first in range(self.start + self.h, stop, size):
+            yield slice(first, min(first + size, stop))
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Users whose history is computed in one padded product of n rows each."""
+
+    users: list[Span]
+    n: int
+
+    def row_blocks(self) -> Iterator[tuple[int, int]]:
+        """Yield (first, last + 1) of blocks of queries; a block's keys are 0..last."""
+        for first in range(0, self.n, ROWS):
+            yield first, min(first + ROWS, self.n)
+
+    def rows(self) -> tuple[Tensor, Tensor]:
+        """Return rows of the batch int64 [G, n] and which are real; padding repeats the user's own last row."""
+        steps = torch.arange(self.n)
+        starts = torch.tensor([user.start for user in self.users])[:, None]
+        lengths = torch.tensor([user.h for user in self.users])[:, None]
+        return starts + torch.minimum(steps[None, :], lengths - 1), steps[None, :] < lengths
+
+
+def spans(seq_offsets: list[int], num_targets: list[int] | None) -> list[Span]:
+    """Return the users of a batch, in order."""
+    targets = num_targets or [0] * (len(seq_offsets) - 1)
+    return [Span(a, b - a - m, m) for (a, b), m in zip(itertools.pairwise(seq_offsets), targets, strict=True)]
+
+
+def groups(users: list[Span]) -> Iterator[Group]:
+    """Yield the users with a history in groups of one padded length whose largest tile fits the cache."""
+
+    def padded(user: Span) -> int:
+        return -(-user.h // LENGTH_STEP) * LENGTH_STEP
+
+    by_length = sorted((user for user in users if user.h), key=padded)
+    for n, same in itertools.groupby(by_length, key=padded):
+        members = list(same)
+        size = max(1, TILE_ELEMENTS // (n * min(n, ROWS)))
+        for first in range(0, len(members), size):
+            yield Group(members[first : first + size], n)
+
+
+def bucket_of(difference: Tensor) -> Tensor:
+    """Return the buckets uint8 of non-negative differences in ms, whatever their shape."""
+    thresholds = torch.tensor(TIME_THRESHOLDS_MS, dtype=torch.int64)
+    return torch.searchsorted(thresholds, difference, right=True, out_int32=True).to(torch.uint8)
+
+
+def tile_buckets(users: list[Span], times: Tensor, query_times: Tensor) -> Tensor:
+    """Return the buckets of every tile, flat uint8, in the order that the CPU path walks them."""
+    flat = []
+    for group in groups(users):
+        rows, _ = group.rows()
+        keys, queries = times[rows], query_times[rows]
+        for first, last in group.row_blocks():
+            flat.append(bucket_of((queries[:, first:last, None] - keys[:, None, :last]).abs_()).view(-1))
+    for user in users:
+        for own in user.target_rows():
+            difference = query_times[own, None] - times[None, user.history()]
+            flat.append(bucket_of(difference.abs_()).view(-1))
+            flat.append(bucket_of((query_times[own] - times[own]).abs_()))
+    return torch.cat(flat) if flat else torch.zeros(0, dtype=torch.uint8)

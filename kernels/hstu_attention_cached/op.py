@@ -1,0 +1,157 @@
+"""The one entry to cached HSTU attention, and its registration as `gr::hstu_attention_cached`: forward only.
+
+Invariant: the rows equal those of the whole sequence computed at once, for every split into past and new tokens.
+
+Legend: L new tokens, B users, P past tokens of a user, H heads, D / Dv head dims, N max_seq_len.
+"""
+
+import itertools
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernels.dispatch import Backend, choose, require, require_tensor
+from kernels.hstu_attention.batch import checked_offsets
+from kernels.hstu_attention.op import check
+from kernels.hstu_attention_cached import cpu, reference
+
+
+@dataclass(frozen=True, slots=True)
+class PastKV:
+    """Keys and values of B users' past tokens in one layer; offsets int64 [B + 1] give each user's number of tokens.
+
+    Contiguous: k [sum P, H, D], v [sum P, H, Dv], times int64 [sum P] ms, one user after the other.
+    Paged: k [pages, page, H, D], v [pages, page, H, Dv], times [pages, page]; page_table int32 [B, most pages a user
+    has] names a user's pages in order.
+    """
+
+    k: Tensor
+    v: Tensor
+    times: Tensor
+    offsets: Tensor
+    page_table: Tensor | None = None
+
+
+def hstu_attention_cached(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_offsets: Tensor,
+    times: Tensor,
+    query_times: Tensor,
+    past: PastKV,
+    pos_weight: Tensor,
+    time_weight: Tensor,
+    max_seq_len: int,
+    *,
+    num_targets: Tensor | None = None,
+    max_attn_len: int = 0,
+    backend: Backend | None = None,
+) -> Tensor:
+    """Return the attention [L, H, Dv] of new tokens over past and new ones, without a gradient.
+
+    q, k [L, H, D], v [L, H, Dv], seq_offsets int64 [B + 1], times and query_times int64 [L] ms: the new tokens; the
+    last num_targets (int64 [B]) of each user's are candidates, which see all history and themselves. The rest as in
+    `hstu_attention`. Raises ValueError naming the argument. Source: PAPER section 4.
+    """
+    check(q, k, v, pos_weight, time_weight, len(times), max_seq_len, max_attn_len)
+    require_tensor("times", times, shape=(len(q),), dtype=torch.int64, like=q)
+    require_tensor("query_times", query_times, shape=(len(q),), dtype=torch.int64, like=q)
+    require_tensor("seq_offsets", seq_offsets, shape=(None,), dtype=torch.int64, like=q)
+    if num_targets is not None:
+        require_tensor("num_targets", num_targets, shape=(len(seq_offsets) - 1,), dtype=torch.int64, like=q)
+    _check_past(past, q, v, len(seq_offsets) - 1)
+    arguments = (
+        q, k, v, seq_offsets, times, query_times, num_targets, past.k, past.v, past.times, past.offsets,
+        past.page_table, pos_weight, time_weight, max_seq_len, max_attn_len,
+    )  # fmt: skip
+    chosen = choose(backend, q)
+    if chosen == "reference":
+        check_lengths(*arguments[3:4], num_targets, past.offsets, len(q), max_seq_len)
+        return reference.hstu_attention_cached(*arguments)
+    return _cached(*arguments, chosen)
+
+
+def _check_past(past: PastKV, q: Tensor, v: Tensor, num_users: int) -> None:
+    heads, dim, v_dim = q.shape[1], q.shape[2], v.shape[2]
+    require_tensor("past.offsets", past.offsets, shape=(num_users + 1,), dtype=torch.int64, like=q)
+    rows: tuple[int | None, ...] = (None,)
+    if past.page_table is not None:
+        require_tensor("past.page_table", past.page_table, shape=(num_users, None), dtype=torch.int32, like=q)
+        rows = (None, None)
+    require_tensor("past.k", past.k, shape=(*rows, heads, dim), dtype=q.dtype, like=q)
+    rows = tuple(past.k.shape[: len(rows)])
+    require_tensor("past.v", past.v, shape=(*rows, heads, v_dim), dtype=q.dtype, like=q)
+    require_tensor("past.times", past.times, shape=rows, dtype=torch.int64, like=q)
+    for name, x in (("past.k", past.k), ("past.v", past.v), ("past.times", past.times)):
+        require(x.is_contiguous(), f"stride of {name}", x.stride(), "contiguous")
+
+
+def check_lengths(
+    seq_offsets: Tensor, num_targets: Tensor | None, past_offsets: Tensor, num_tokens: int, max_seq_len: int
+) -> tuple[list[int], list[int], list[int]]:
+    """Return new-token bounds, targets and past bounds. Raises ValueError if they do not fit each other or N."""
+    bounds = checked_offsets("seq_offsets", seq_offsets, num_tokens, like=seq_offsets)
+    past_bounds = checked_offsets("past.offsets", past_offsets, int(past_offsets[-1]), like=past_offsets)
+    targets = [0] * (len(bounds) - 1) if num_targets is None else num_targets.tolist()
+    pairs = zip(itertools.pairwise(bounds), itertools.pairwise(past_bounds), targets, strict=True)
+    for user, ((start, stop), (past_start, past_stop), m) in enumerate(pairs):
+        new = stop - start
+        require(0 <= m <= new, f"num_targets[{user}]", m, f"between 0 and the user's {new} new tokens")
+        history = past_stop - past_start + new - m
+        require(
+            history + (m > 0) <= max_seq_len,
+            "max_seq_len",
+            max_seq_len,
+            f"at least {history + (m > 0)}, the history of user {user}; cut it to max_events",
+        )
+    return bounds, targets, past_bounds
+
+
+@torch.library.custom_op("gr::hstu_attention_cached", mutates_args=())
+def _cached(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_offsets: Tensor,
+    times: Tensor,
+    query_times: Tensor,
+    num_targets: Tensor | None,
+    past_k: Tensor,
+    past_v: Tensor,
+    past_times: Tensor,
+    past_offsets: Tensor,
+    page_table: Tensor | None,
+    pos_weight: Tensor,
+    time_weight: Tensor,
+    max_seq_len: int,
+    max_attn_len: int,
+    backend: str,
+) -> Tensor:
+    # Lengths are values, so they are looked at here, where tracing does not come.
+    bounds, targets, past_bounds = check_lengths(seq_offsets, num_targets, past_offsets, len(q), max_seq_len)
+    if page_table is None:
+        require(past_bounds[-1] == len(past_k), "past.offsets", f"..{past_bounds[-1:]}", f"ending at {len(past_k)}")
+    else:
+        most = max((b - a for a, b in itertools.pairwise(past_bounds)), default=0)
+        room = page_table.shape[1] * past_k.shape[1]
+        require(most <= room, "past.offsets", f"a user with {most} tokens", f"at most {room}, what page_table names")
+    new = (q, k, v, times, query_times)
+    past = (past_k, past_v, past_times)
+    if backend == "triton":
+        from kernels.hstu_attention_cached import triton
+
+        return triton.forward(
+            new, bounds, targets, seq_offsets, num_targets, past, past_offsets, past_bounds, page_table,
+            pos_weight, time_weight, max_seq_len, max_attn_len,
+        )  # fmt: skip
+    return cpu.forward(
+        new, bounds, targets, past, past_bounds, page_table, pos_weight, time_weight, max_seq_len, max_attn_len
+    )
+
+
+@_cached.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return v.new_empty(v.shape)
