@@ -54,8 +54,9 @@ def require_tensor(
     fits = x.dim() == len(shape) and all(
         want is None or want == have for want, have in zip(shape, x.shape, strict=True)
     )
-    wanted = ", ".join("any" if want is None else str(want) for want in shape)
-    require(fits, f"shape of {argument}", list(x.shape), f"[{wanted}]")
+    if not fits:
+        wanted = ", ".join("any" if want is None else str(want) for want in shape)
+        require(False, f"shape of {argument}", list(x.shape), f"[{wanted}]")
     if dtype is not None:
         allowed = dtype if isinstance(dtype, tuple) else (dtype,)
         require(x.dtype in allowed, f"dtype of {argument}", x.dtype, " or ".join(map(str, allowed)))

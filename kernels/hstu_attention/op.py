@@ -39,12 +39,10 @@ def hstu_attention(
     """
     check(q, k, v, pos_weight, time_weight, len(jagged.times), max_seq_len, max_attn_len)
     require(jagged.times.device == q.device, "device of jagged", jagged.times.device, f"{q.device}, as q")
-    require(
-        jagged.max_uih_len <= max_seq_len,
-        "max_seq_len",
-        max_seq_len,
-        f"at least {jagged.max_uih_len}, the longest history of the batch; cut the history to max_events",
-    )
+    # The message only where it is needed: a graph that is traced with symbolic lengths cannot format them.
+    if jagged.max_uih_len > max_seq_len:
+        rule = f"at least {jagged.max_uih_len}, the longest history of the batch; cut the history to max_events"
+        require(False, "max_seq_len", max_seq_len, rule)
     shared = (jagged.seq_offsets, jagged.times, jagged.query_times, jagged.num_targets)
     chosen = choose(backend, q)
     if chosen == "reference":

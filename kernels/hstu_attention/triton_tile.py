@@ -1,14 +1,17 @@
 """Device functions that every HSTU attention kernel shares: rows of a head, time buckets, bias and mask of a tile.
 
 Invariant: distances are differences of positions, where a target stands right after its history; buckets come from
-integer comparison with the thresholds, the logarithm only says where to look.
+integer comparison with the thresholds, the estimate only says with which.
 """
 
 import triton
 import triton.language as tl
 
-# Buckets per octave of the thresholds: 1 / (0.301 * log2(e)).
-BUCKETS_PER_OCTAVE = tl.constexpr(2.3028066)
+# Bits of a float32 grow like a logarithm, piecewise linear and at most 0.0861 octaves (0.2 buckets) below it. Here they
+# count from 1,000 ms: 2^23 * (127 + log2(1000)) rounded up, which only lowers the estimate.
+FLOAT_BITS_OF_A_SECOND = tl.constexpr(1148952276)
+# 2^32 / (0.301 * log2(e) * 2^23), rounded down.
+BUCKETS_PER_BIT = tl.constexpr(1179)
 # Thresholds from this index on are int64's maximum, so a difference that reaches one reaches all.
 FIRST_SATURATED = tl.constexpr(122)
 
@@ -63,8 +66,8 @@ def time_bucket(difference, thresholds):
     The estimate is low by less than one bucket, so one exact comparison settles it.
     """
     difference = tl.abs(difference)
-    octaves = tl.log2(tl.maximum(difference.to(tl.float32), 1000.0) * 1e-3)
-    low = tl.maximum(octaves * BUCKETS_PER_OCTAVE - 1e-3, 0.0).to(tl.int32)
+    bits = tl.maximum(difference.to(tl.float32), 1000.0).to(tl.int32, bitcast=True)
+    low = tl.umulhi(tl.maximum(bits - FLOAT_BITS_OF_A_SECOND, 0).to(tl.uint32), BUCKETS_PER_BIT).to(tl.int32)
     low = tl.minimum(low, FIRST_SATURATED)
     reached = difference >= tl.load(thresholds + low)
     return tl.where(reached, tl.where(low == FIRST_SATURATED, 128, low + 1), low)

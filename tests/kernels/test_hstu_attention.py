@@ -247,6 +247,15 @@ def test_the_op_exports_and_compiles_whole():
         torch.testing.assert_close(a, b)
 
 
+def test_one_compiled_function_takes_batches_of_any_lengths():
+    compiled = torch.compile(
+        lambda leaves, jagged: hstu_attention(*leaves[:3], jagged, *leaves[3:], 60), fullgraph=True, backend="aot_eager"
+    )
+    for seed, lengths in enumerate([[5, 0, 40], [7, 9], [50, 3, 3, 1], [2]]):
+        leaves, jagged, _ = make_inputs(lengths, dtype=torch.float32, max_seq_len=60, seed=seed)
+        torch.testing.assert_close(compiled(leaves, jagged), attention_of(jagged, 60, 0, None)(*leaves))
+
+
 def changed(**changes):
     """Return the op's arguments of a small batch with some replaced by f(old)."""
     leaves, jagged, n = make_inputs([5, 7], targets=[1, 0], dtype=torch.float32)
