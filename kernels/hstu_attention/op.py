@@ -46,8 +46,22 @@ def hstu_attention(
     shared = (jagged.seq_offsets, jagged.times, jagged.query_times, jagged.num_targets)
     chosen = choose(backend, q)
     if chosen == "reference":
-        return reference.hstu_attention(q, k, v, pos_weight, time_weight, *shared, max_seq_len, max_attn_len)
+        wide = widened(q, k, v, pos_weight, time_weight)
+        return reference.hstu_attention(*wide, *shared, max_seq_len, max_attn_len).to(v.dtype)
     return _attention(q, k, v, pos_weight, time_weight, *shared, jagged.plan, max_seq_len, max_attn_len, chosen)
+
+
+def compute_dtype(q: Tensor) -> torch.dtype:
+    """Return what the CPU computes in: its 16 bit products are slow and round every step, so fp32 for those."""
+    return q.dtype if q.dtype == torch.float64 else torch.float32
+
+
+def widened(
+    q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, time_weight: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Return the arguments in the dtype that the CPU computes in."""
+    wide = compute_dtype(q)
+    return q.to(wide), k.to(wide), v.to(wide), pos_weight.to(wide), time_weight.to(wide)
 
 
 def check(
@@ -98,7 +112,7 @@ def _attention(
         from kernels.hstu_attention import triton
 
         return triton.forward(q, k, v, pos_weight, time_weight, *shared)
-    return cpu.forward(q, k, v, pos_weight, time_weight, cpu.Batch.of(*shared))
+    return cpu.forward(*widened(q, k, v, pos_weight, time_weight), cpu.Batch.of(*shared)).to(v.dtype)
 
 
 @_attention.register_fake
@@ -128,7 +142,10 @@ def _attention_backward(
         from kernels.hstu_attention import triton_backward
 
         return triton_backward.backward(grad, q, k, v, pos_weight, time_weight, *shared)
-    return cpu.backward(grad, q, k, v, pos_weight, time_weight, cpu.Batch.of(*shared))
+    inputs = (q, k, v, pos_weight, time_weight)
+    grads = cpu.backward(grad.to(compute_dtype(q)), *widened(*inputs), cpu.Batch.of(*shared))
+    dq, dk, dv, d_pos, d_time = (d.to(x.dtype) for d, x in zip(grads, inputs, strict=True))
+    return dq, dk, dv, d_pos, d_time
 
 
 @_attention_backward.register_fake

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kernels.dispatch import Backend, choose, require, require_tensor
 from kernels.hstu_attention.batch import checked_offsets
-from kernels.hstu_attention.op import check
+from kernels.hstu_attention.op import check, compute_dtype
 from kernels.hstu_attention_cached import cpu, reference
 
 
@@ -69,9 +69,14 @@ def hstu_attention_cached(
     )  # fmt: skip
     chosen = choose(backend, q)
     if chosen == "reference":
-        check_lengths(*arguments[3:4], num_targets, past.offsets, len(q), max_seq_len)
-        return reference.hstu_attention_cached(*arguments)
+        check_lengths(seq_offsets, num_targets, past.offsets, len(q), max_seq_len)
+        wide: list[Any] = [x.to(compute_dtype(q)) if _is_float(x) else x for x in arguments]
+        return reference.hstu_attention_cached(*wide).to(v.dtype)
     return _cached(*arguments, chosen)
+
+
+def _is_float(x: Any) -> bool:
+    return isinstance(x, Tensor) and x.is_floating_point()
 
 
 def _check_past(past: PastKV, q: Tensor, v: Tensor, num_users: int) -> None:
@@ -140,16 +145,19 @@ def _cached(
         require(most <= room, "past.offsets", f"a user with {most} tokens", f"at most {room}, what page_table names")
     new = (q, k, v, times, query_times)
     past = (past_k, past_v, past_times)
+    constants = (max_seq_len, max_attn_len)
     if backend == "triton":
         from kernels.hstu_attention_cached import triton
 
         return triton.forward(
             new, bounds, targets, seq_offsets, num_targets, past, past_offsets, past_bounds, page_table,
-            pos_weight, time_weight, max_seq_len, max_attn_len,
+            pos_weight, time_weight, *constants,
         )  # fmt: skip
-    return cpu.forward(
-        new, bounds, targets, past, past_bounds, page_table, pos_weight, time_weight, max_seq_len, max_attn_len
-    )
+    wide = compute_dtype(q)
+    new = (q.to(wide), k.to(wide), v.to(wide), times, query_times)
+    past = (past_k.to(wide), past_v.to(wide), past_times)
+    weights = (pos_weight.to(wide), time_weight.to(wide))
+    return cpu.forward(new, bounds, targets, past, past_bounds, page_table, *weights, *constants).to(v.dtype)
 
 
 @_cached.register_fake

@@ -69,13 +69,15 @@ def test_the_cpu_path_is_exact_in_fp64(case):
     compare("cpu", case, dtype=torch.float64, share=1e-13)
 
 
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_kernels_in_16_bits_err_by_rounding_alone(dtype):
+def test_every_backend_errs_by_rounding_alone_in_16_bits(dtype, backend):
     leaves, jagged, n = make_inputs([70, 33], targets=[4, 0], qk_dim=16, v_dim=16, dtype=torch.float32)
     narrow = [leaf.detach().mul(0.3).to(dtype).requires_grad_() for leaf in leaves[:3]]
     weights = [leaf.detach().requires_grad_() for leaf in leaves[3:]]
     truth = outputs_and_gradients(attention_of(jagged, n, 0, "reference"), in_fp64(narrow + weights))
-    ours = outputs_and_gradients(attention_of(jagged, n, 0, "triton"), narrow + weights)
+    ours = outputs_and_gradients(attention_of(jagged, n, 0, backend), narrow + weights)
+    assert [x.dtype for x in ours] == [dtype] * 4 + [torch.float32] * 2
     bound = 5e-3 if dtype == torch.float16 else 1e-2
     assert max(rms_ratio(a, b) for a, b in zip(ours, truth, strict=True)) <= bound
 
@@ -161,6 +163,15 @@ def test_a_user_is_bit_equal_whoever_else_is_in_the_batch(length, before, after,
     in_batch = torch.autograd.grad((together * seed).sum(), leaves[:3])
     by_itself = torch.autograd.grad((alone * seed).sum(), own[:3])
     assert all(torch.equal(a[begin:end], b) for a, b in zip(in_batch, by_itself, strict=True))
+
+
+@pytest.mark.parametrize("before", [1, 64, 100])
+def test_in_the_kernels_too_a_user_is_bit_equal_whoever_else_is_in_the_batch(before):
+    leaves, jagged, n = make_inputs([before, 90, 40], targets=[0, 4, 1], dtype=torch.float32, max_seq_len=120)
+    own = [leaf[before : before + 90].detach().requires_grad_() for leaf in leaves[:3]] + leaves[3:]
+    together = attention_of(jagged, n, 0, "triton")(*leaves)
+    alone = attention_of(_alone(jagged, before, before + 90, 4), n, 0, "triton")(*own)
+    assert torch.equal(together[before : before + 90], alone)
 
 
 def test_nan_of_one_user_stays_with_it():

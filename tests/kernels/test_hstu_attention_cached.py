@@ -92,9 +92,12 @@ def test_every_split_into_past_and_new_is_exact_in_fp64(users, page, window):
     assert worst_share(run("cpu"), truth) <= 1e-12
 
 
-def test_kernels_in_fp16_err_by_rounding_alone():
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_every_backend_errs_by_rounding_alone_in_fp16(backend):
     truth, run = split([(60, 3, 9), (5, 0, 70)], dtype=torch.float16, dims=(16, 16))
-    assert rms_ratio(run("triton"), truth) <= 5e-3
+    out = run(backend)
+    assert out.dtype == torch.float16
+    assert rms_ratio(out, truth) <= 5e-3
 
 
 def test_pages_and_contiguous_rows_give_the_same_bits():
