@@ -37,7 +37,7 @@ up: setup ## start Dagster, MLflow and the model server; prints their addresses
 down: ## stop exactly what `make up` started
 	@if [ -x $(BIN)/gr ]; then $(BIN)/gr down; else echo "nothing is installed here, so nothing runs"; fi
 
-bench: setup ## measure attention and serving (after make demo; nothing else running)
+bench: setup ## measure kernels, a training step and serving (after make demo; nothing else running)
 	@$(BIN)/gr bench
 
 clean: down ## remove environments and caches; state under GR_HOME stays

@@ -43,6 +43,20 @@ def serving_python() -> Path:
     return Path(os.environ.get("GR_SERVING_VENV") or PROJECT_ROOT / ".venv-serving") / "bin" / "python"
 
 
+def peer_python() -> Path | None:
+    """Return the Python of the environment with the libraries that `gr bench step` compares with, or None.
+
+    `GR_PEERS` names the environment's folder. Raises UserError if there is no Python in it.
+    """
+    configured = os.environ.get("GR_PEERS")
+    if not configured:
+        return None
+    python = Path(configured).absolute() / "bin" / "python"
+    if not python.exists():
+        raise UserError("GR_PEERS names a folder without bin/python; make it with: python3 -m venv")
+    return python
+
+
 def dataset() -> str | None:
     """Return the data set that `GR_DATASET` names, or None: then the one imported last is meant."""
     return os.environ.get("GR_DATASET") or None

@@ -11,12 +11,22 @@ from kernels import roofline
 
 
 def attention(num_threads: int) -> list[dict[str, Any]]:
-    """Return times and ratios of attention and of the sampled softmax on this CPU."""
+    """Return ratios of attention and of the sampled softmax on this CPU, then the milliseconds behind them."""
     from kernels.hstu_attention import bench as attention_bench
     from kernels.sampled_softmax import bench as softmax_bench
 
     torch.set_num_threads(num_threads)
-    return attention_bench.rows() + softmax_bench.gather_over_ours(num_threads)
+    found = attention_bench.rows() + softmax_bench.gather_over_ours(num_threads)
+    # What has a target first; sorting keeps the order within both.
+    return sorted(found, key=lambda row: row["target"] is None)
+
+
+def memory(num_threads: int) -> list[dict[str, Any]]:
+    """Return what a layer keeps for its backward, HSTU against a softmax Transformer; counted, not timed."""
+    from kernels.norm_gate import bench as layer_bench
+
+    torch.set_num_threads(num_threads)
+    return layer_bench.activation_bytes()
 
 
 def kernels(num_threads: int) -> list[dict[str, Any]]:

@@ -68,19 +68,25 @@ CORE_EFFICIENCY = 0.60
 # Assumed: streams of whole rows.
 MEMORY_EFFICIENCY = 0.80
 
-# Instructions a pair and head, and those of them for special units, by head dim: time bucket (int64 difference,
-# estimate, exact comparison), two bias loads, mask, SiLU. Counted in the sm_90 machine code of the bf16 kernels:
-# instructions of the inner loop over the pairs of a tile that a thread holds. The gradient of rab forms a bucket once
-# for all (4) heads.
-PAIR_INSTRUCTIONS: dict[str, dict[int, tuple[int, int]]] = {
-    "forward": {64: (106, 4), 128: (131, 6)},
-    "backward of k, v": {64: (141, 6), 128: (132, 4)},
-    "backward of q": {64: (135, 6), 128: (151, 6)},
-    "backward of rab": {64: (75, 3), 128: (68, 3)},
+# Instructions a pair and head, and those of them for special units, by head dim. Source: the sm_90 machine code of the
+# bf16 kernels at the tilings that are launched; the inner loop of a tile, divided by the pairs of it that a thread
+# holds. One int64 to float conversion a pair finds the bucket, exp2 and reciprocal make the sigmoid. Tiles on the
+# diagonal count as their visible half, so short sequences are flattered.
+# Backward of rab: the loop over heads is 45 (d 64 and 128); what 4 heads share is 91 and 77 for bucket, bias and
+# mask plus 15 and 11 for each bucket number of the tile, taken as 6 (5 to 6.5 in causal 32 x 32 tiles of 1,024 tokens
+# with uniform, log-normal and session-like gaps).
+# Without rab: the forward compiled with its bucket and bias lines removed, what a kernel without rab would pay.
+PAIR_INSTRUCTIONS: dict[str, dict[int, tuple[float, float]]] = {
+    "forward": {64: (75.5, 3), 128: (82.2, 3)},
+    "forward without rab": {64: (28.8, 2), 128: (32.9, 2)},
+    "cached": {64: (78.6, 3), 128: (92.6, 3)},
+    "backward of k, v": {64: (79.1, 3), 128: (106.4, 3)},
+    "backward of q": {64: (77.8, 3), 128: (102.2, 3)},
+    "backward of rab": {64: (89.7, 2.25), 128: (80.7, 2.25)},
 }
 
 
-def pair_instructions(part: str, shape: "Shape") -> tuple[int, int]:
+def pair_instructions(part: str, shape: "Shape") -> tuple[float, float]:
     """Return instructions a pair and head of one attention kernel, all and special ones, for the shape's head dims."""
     return PAIR_INSTRUCTIONS[part][64 if max(shape.qk_dim, shape.v_dim) <= 64 else 128]
 
@@ -170,9 +176,10 @@ def _attention(shape: Shape, name: str, part: str, products: tuple[int, int], te
     )
 
 
-def attention_forward(shape: Shape) -> Work:
-    """Q K^T and P V."""
-    return _attention(shape, "hstu_attention forward", "forward", (1, 1), (2, 2))
+def attention_forward(shape: Shape, *, with_rab: bool = True) -> Work:
+    """Q K^T and P V; without rab: a kernel that we do not have, to see what rab costs."""
+    part = "forward" if with_rab else "forward without rab"
+    return _attention(shape, f"hstu_attention {part}", part, (1, 1), (2, 2))
 
 
 def attention_backward(shape: Shape) -> Work:
@@ -188,7 +195,7 @@ def attention_backward(shape: Shape) -> Work:
 def attention_cached(shape: Shape) -> Work:
     """Targets alone against a cached history: its keys, values and times are read, never computed."""
     pairs = shape.num_users * shape.num_targets * (shape.history + 1) * shape.heads
-    core, special = pair_instructions("forward", shape)
+    core, special = pair_instructions("cached", shape)
     rows = shape.num_users * (shape.heads * BF16 * (shape.qk_dim + shape.v_dim))
     return Work(
         name="hstu_attention_cached, targets against a cached history",
@@ -301,14 +308,14 @@ def rowwise_adamw(rows: int, width: int) -> Work:
     )
 
 
-def layer_forward(shape: Shape) -> tuple[Work, ...]:
+def layer_forward(shape: Shape, *, with_rab: bool = True) -> tuple[Work, ...]:
     """Return the kernels of one layer's forward."""
-    return uvqk_forward(shape), attention_forward(shape), norm_gate_forward(shape)
+    return uvqk_forward(shape), attention_forward(shape, with_rab=with_rab), norm_gate_forward(shape)
 
 
-def public_model_ms(gpu: Gpu) -> float:
+def public_model_ms(gpu: Gpu, *, with_rab: bool = True) -> float:
     """Return the predicted forward of the public measurement's model, all layers, embeddings and heads left out."""
-    return PUBLIC_LAYERS * sum(predicted_ms(work, gpu) for work in layer_forward(PUBLIC))
+    return PUBLIC_LAYERS * sum(predicted_ms(work, gpu) for work in layer_forward(PUBLIC, with_rab=with_rab))
 
 
 PUBLIC_LABEL = "32 users, 1,024 history + 2,048 candidates, d 512, 4 heads of 128"
@@ -342,22 +349,23 @@ def rows() -> list[dict[str, Any]]:
     for scene, works in SCENES:
         for work in works():
             found += [_row(work, scene, gpu) for gpu in GPUS]
-    for gpu in GPUS:
-        measured = PUBLIC_MEASURED_MS if gpu.name == "H100 SXM" else None
-        found.append(
-            {
-                "name": f"forward of {PUBLIC_LAYERS} layers, {gpu.name}: prediction, not a measurement",
-                "value": public_model_ms(gpu),
-                "unit": "ms",
-                "against": f"authors' kernels, measured: {measured:.2f} ms" if measured else None,
-                "target": None,
-                "kernel": f"forward of {PUBLIC_LAYERS} layers",
-                "shape": PUBLIC_LABEL,
-                "gpu": gpu.name,
-                "against_ms": measured,
-            }
-        )
-    return found
+    return found + [_public_row(gpu, with_rab) for with_rab in (True, False) for gpu in GPUS]
+
+
+def _public_row(gpu: Gpu, with_rab: bool) -> dict[str, Any]:
+    measured = PUBLIC_MEASURED_MS if gpu.name == "H100 SXM" else None
+    kernel = f"forward of {PUBLIC_LAYERS} layers, {'with' if with_rab else 'without'} rab"
+    return {
+        "name": f"{kernel}, {gpu.name}: prediction, not a measurement",
+        "value": public_model_ms(gpu, with_rab=with_rab),
+        "unit": "ms, predicted",
+        "against": f"authors' kernels, measured: {measured:.2f} ms" if measured else None,
+        "target": None,
+        "kernel": kernel,
+        "shape": PUBLIC_LABEL,
+        "gpu": gpu.name,
+        "against_ms": measured,
+    }
 
 
 def _row(work: Work, scene: str, gpu: Gpu) -> dict[str, Any]:

@@ -1,8 +1,11 @@
-"""Writes the tables of the benchmark and kernel pages from the JSON files beside it: python docs/benchmarks/make.py
+"""Writes the tables and the plot of the benchmark and kernel pages from the JSON files beside it:
 
-Invariant: every figure of a table comes from such a file; the prose around the tables is left as it is.
+    python docs/benchmarks/make.py
+
+Invariant: every figure of a table or plot comes from such a file; the prose around the tables is left as it is.
 """
 
+import io
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -13,6 +16,8 @@ HERE = Path(__file__).parent
 PAGES = (HERE / "README.md", HERE.parent / "kernels.md")
 # A table stands between the name of its file and an end mark, both as comments that nobody sees.
 BLOCK = re.compile(r"(<!-- (\w+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
+PLOT = HERE.parent / "images" / "attention_lengths.png"
+TIMED = re.compile(r"(forward|backward), (.+), (\d+ users) of (\d+)")
 Row = dict[str, Any]
 
 
@@ -22,7 +27,8 @@ def measured(rows: list[Row]) -> str:
     for row in rows:
         bound = "" if row["target"] is None else f"{'<=' if row.get('at_most') else '>='} {row['target']:g}"
         reached = {True: "yes", False: "no", None: ""}[row["ok"]]
-        lines.append(_line((row["name"], f"{row['value']:.3g}", row["unit"], row["against"] or "", bound, reached)))
+        value = f"{row['value']:.3g}" if row["value"] < 1000 else f"{row['value']:,.0f}"
+        lines.append(_line((row["name"], value, row["unit"], row["against"] or "", bound, reached)))
     return "\n".join(lines)
 
 
@@ -33,7 +39,16 @@ def compiled(rows: list[Row]) -> str:
         taken = f"{row['registers']} / {row['shared_bytes'] / 1024:.1f} / {100 * row['occupancy']:.0f}"
         return taken + (f" / **{row['value']} B**" if row["value"] else "")
 
-    return _crosswise(rows, {"op": "op", "kernel": "kernel", "label": "variant"}, "arch", cell)
+    def made(part: list[Row]) -> str:
+        return _crosswise(part, {"op": "op", "kernel": "kernel", "label": "variant"}, "arch", cell)
+
+    attention = [row for row in rows if row["op"].startswith("hstu_attention")]
+    others = [row for row in rows if not row["op"].startswith("hstu_attention")]
+    if not others:
+        return made(attention)
+    names = ", ".join(dict.fromkeys(row["op"] for row in others))
+    folded = f"<details><summary>{names}</summary>\n\n{made(others)}\n\n</details>"
+    return f"{made(attention)}\n\n{folded}" if attention else folded
 
 
 def predicted(rows: list[Row]) -> str:
@@ -41,7 +56,7 @@ def predicted(rows: list[Row]) -> str:
 
     def cell(row: Row) -> str:
         told = f"{row['value']:.3g}" + (f" ({row['bound']})" if "bound" in row else "")
-        return told + (f"; measured: {row['against_ms']:.2f}" if row.get("against_ms") else "")
+        return told + (f"; authors measured: {row['against_ms']:.2f}" if row.get("against_ms") else "")
 
     def amount(row: Row, key: str) -> Row:
         return {key: f"{row[key]:,.3g}" if row.get(key, 0) < 1000 else f"{row[key]:,.0f}"} if key in row else {key: ""}
@@ -84,6 +99,43 @@ def render(page: str) -> str:
     return BLOCK.sub(block, page)
 
 
+def times_by_length(rows: list[Row]) -> dict[str, dict[str, list[tuple[int, float]]]]:
+    """Return direction -> variant -> (length, milliseconds) of the rows whose users all have one length."""
+    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
+    for row in rows:
+        if match := TIMED.fullmatch(row["name"]):
+            found.setdefault(match[1], {}).setdefault(match[2], []).append((int(match[4]), row["value"]))
+    return found
+
+
+def plot(rows: list[Row]) -> bytes:
+    """Return time against length, one panel a direction and one line a variant, both axes logarithmic, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    directions = times_by_length(rows)
+    figure = Figure(figsize=(8.4, 3.6), dpi=90, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.subplots(1, len(directions), sharey=True, squeeze=False)[0]
+    for axis, (direction, variants) in zip(axes, directions.items(), strict=True):
+        for (variant, points), marker in zip(variants.items(), "osD^v", strict=False):
+            axis.loglog(*zip(*points, strict=True), marker=marker, label=variant)
+        lengths = [length for length, _ in next(iter(variants.values()))]
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.set_xticks([], minor=True)
+        axis.set(title=direction, xlabel="tokens a user")
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(visible=True, alpha=0.3)
+    axes[0].set_ylabel("milliseconds")
+    axes[0].legend()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
 if __name__ == "__main__":
+    timed = json.loads((HERE / "attention.json").read_text(encoding="utf-8"))
+    if times_by_length(timed):
+        PLOT.write_bytes(plot(timed))
     for page in PAGES:
         page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")

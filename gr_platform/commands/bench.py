@@ -16,8 +16,10 @@ from gr_platform.errors import UserError
 
 # name -> (module:function(num_threads) -> rows, one sentence)
 BENCHES = {
-    "attention": ("kernels.bench:attention", "attention and sampled softmax against what they replace (1 min)"),
+    "attention": ("kernels.bench:attention", "attention and sampled softmax against what they replace (2 min)"),
     "kernels": ("kernels.bench:kernels", "predicted time of every kernel on GPUs; --aot: compiled for them instead"),
+    "step": ("gr_platform.training.bench:run", "an ML-1M training step, its parts, and the same elsewhere (2 min)"),
+    "memory": ("kernels.bench:memory", "what a layer keeps for its backward, against a Transformer layer"),
     "serving": ("serving.bench:run", "model server: time to ready, cold and cached requests, gRPC overhead (1 min)"),
 }
 AOT_PROCESSES = 2

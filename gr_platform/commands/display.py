@@ -96,7 +96,8 @@ def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
     for row in rows:
         ok = {True: "yes", False: "[red]no[/]", None: "-"}[row["ok"]]
         target = "-" if row["target"] is None else f"{row['target']:g}"
-        grid.add_row(row["name"], f"{row['value']:.4g}", row["unit"], row["against"] or "-", target, ok)
+        texts = (row["name"], f"{row['value']:.4g}", row["unit"], row["against"] or "-", target)
+        grid.add_row(*(escape(text) for text in texts), ok)
     return grid
 
 

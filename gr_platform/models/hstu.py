@@ -111,10 +111,20 @@ class HSTU(nn.Module):
     def _stack(self) -> list[HSTULayer]:
         return cast("list[HSTULayer]", list(self.layers))
 
+    @property
+    def backend(self) -> Backend | None:
+        """The implementation of the kernels that is forced on every layer, or None."""
+        return self._stack()[0].backend
+
+    @backend.setter
+    def backend(self, backend: Backend | None) -> None:
+        for layer in self._stack():
+            layer.backend = backend
+
     def forward(self, x: Tensor, jagged: JaggedTimes) -> Tensor:
         """Return rows [L, d] of jagged sequences of token vectors x [L, d]."""
         if self.training and self.dropout:
-            x = hash_dropout(x, self.dropout, _new_seed(x), backend=self._stack()[0].backend)
+            x = hash_dropout(x, self.dropout, _new_seed(x), backend=self.backend)
         for layer in self._stack():
             x = layer(x, jagged)
         return x

@@ -51,12 +51,16 @@ class RetrievalModel(nn.Module):
         predicts = torch.ones(len(rows), dtype=torch.bool)
         predicts[seq_offsets[1:] - 1] = False
         is_target = target_events(batch, positive_mask)
-        users, targets = unit(rows[predicts][is_target]), batch.items[is_target]
+        places = predicts.nonzero()[:, 0][is_target]
+        users, targets = unit(rows.index_select(0, places)), batch.items[is_target]
         if not len(targets):
             return rows.sum() * 0.0, 0
         items, targets, negatives = self._drawn(targets, negatives)
-        losses = sampled_softmax(users, items, targets, negatives, self.config.temperature)
-        return losses.mean(), len(losses)
+        return self._losses(users, items, targets, negatives).mean(), len(targets)
+
+    def _losses(self, users: Tensor, items: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
+        backend = self.encoder.backend
+        return sampled_softmax(users, items, targets, negatives, self.config.temperature, backend=backend)
 
     def _drawn(self, targets: Tensor, negatives: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return normalised item vectors [V, d] and the rows of targets and negatives in them.

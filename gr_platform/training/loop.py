@@ -25,6 +25,7 @@ from gr_platform.sequences.splits import train_ends
 from gr_platform.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gr_platform.training.epoch import Epoch
 from gr_platform.training.load import save_model
+from gr_platform.training.memory import keep_freed_memory
 from gr_platform.training.objectives import objective_of
 from gr_platform.training.seeds import torch_seed
 
@@ -47,6 +48,7 @@ def train(
     Raises UserError if the data set is too small or has nothing to learn, NonFiniteLoss if training breaks.
     """
     torch.set_num_threads(settings.num_threads())
+    keep_freed_memory()
     folder = checkpoint or out.parent / f".checkpoint-{out.name}"
     rows, ends = training_users(dataset)
     objective = objective_of(dataset, recipe)
@@ -54,9 +56,7 @@ def train(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(recipe.training.seed, "weights"))
         model = build_model(recipe.model, **shape)
-        optimizer = torch.optim.AdamW(
-            model.parameters(), lr=recipe.training.learning_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=True
-        )
+        optimizer = adamw(model, recipe.training)
         done = load_checkpoint(folder, model, optimizer) or Progress()
         logger.info("train kind=%s users=%d epochs_done=%d", recipe.model.kind, len(rows), done.num_epochs)
         epoch_run = Epoch(dataset, recipe, rows, ends, objective, folder, progress)
@@ -70,6 +70,12 @@ def train(
     if checkpoint is None:
         shutil.rmtree(folder, ignore_errors=True)
     return _facts(dataset, model, done, len(rows))
+
+
+def adamw(model: Model, training: TrainingConfig) -> torch.optim.AdamW:
+    """Return the optimizer of a run."""
+    parameters = model.parameters()
+    return torch.optim.AdamW(parameters, lr=training.learning_rate, betas=ADAM_BETAS, weight_decay=0.0, fused=True)
 
 
 def trained_ends(folder: Path, num_users: int) -> np.ndarray:

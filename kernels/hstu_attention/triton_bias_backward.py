@@ -111,8 +111,8 @@ def hstu_attention_bwd_bias_kernel(
         for begin in range(history, length, BLOCK_M):
             row = begin + local
             row_valid = row < length
-            sees, distance = visible(history, key[None, :], row_valid[:, None], history, MAX_ATTN_LEN)
-            distance += local[:, None] * 0
+            position = tl.minimum(row, history)
+            sees, distance = visible(position[:, None], key[None, :], row_valid[:, None], history, MAX_ATTN_LEN)
             q_times = tl.load(query_times + start + row, mask=row_valid, other=0)
             bucket = time_bucket(q_times[:, None] - k_times[None, :], thresholds)
             bias = rab(distance, bucket, sees, pos_weight, time_weight)

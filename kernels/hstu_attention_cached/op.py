@@ -7,7 +7,7 @@ Legend: L new tokens, B users, P past tokens of a user, H heads, D / Dv head dim
 
 import itertools
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -75,7 +75,7 @@ def hstu_attention_cached(
     return _cached(*arguments, chosen)
 
 
-def _is_float(x: Any) -> bool:
+def _is_float(x: Any) -> TypeGuard[Tensor]:
     return isinstance(x, Tensor) and x.is_floating_point()
 
 

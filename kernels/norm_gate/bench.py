@@ -123,6 +123,7 @@ def activation_bytes(
             "unit": "d bytes a token",
             "against": f"paper: {paper:g} d",
             "target": target,
+            "at_most": True,
         }
         for dtype in dtypes
         for name, (make, paper, target) in variants.items()

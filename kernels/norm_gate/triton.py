@@ -261,12 +261,12 @@ def _argument_type(name: str, dtype: str) -> str:
     return "fp32" if name in ("eps", "scale") else "i32"
 
 
-def _variant(fn: Any, dtype: str, width: int, constants: dict[str, Any]) -> Variant:
+def _variant(kernel: str, fn: Any, dtype: str, width: int, constants: dict[str, Any]) -> Variant:
     launch = {name: value for name, value in constants.items() if name in fn.arg_names}
     types = {name: "constexpr" if name in launch else _argument_type(name, dtype) for name in fn.arg_names}
     strided = tuple(name for name in fn.arg_names if name == "width" or name.endswith("_stride"))
     return Variant(
-        kernel=fn.fn.__name__,
+        kernel=kernel,
         label=f"{dtype} width {width}",
         fn=fn,
         signature=types,
@@ -282,6 +282,9 @@ def aot_variants() -> list[Variant]:
     found = []
     for dtype, width in itertools.product(("fp32", "bf16"), (50, 256, 512, 1024, 4096)):
         rows = {"DROP": True, "STORE_GATED": True, **row_blocks(width)}
-        found += [_variant(fn, dtype, width, rows) for fn in (_norm_gate_fwd_kernel, _norm_gate_bwd_kernel)]
-        found.append(_variant(_hash_dropout_kernel, dtype, width, row_blocks(width, MAX_DROPOUT_BLOCK)))
+        found += [
+            _variant("forward", _norm_gate_fwd_kernel, dtype, width, rows),
+            _variant("backward", _norm_gate_bwd_kernel, dtype, width, rows),
+            _variant("dropout", _hash_dropout_kernel, dtype, width, row_blocks(width, MAX_DROPOUT_BLOCK)),
+        ]
     return found

@@ -124,7 +124,7 @@ def aot_variants() -> list[Variant]:
                 signature |= dict.fromkeys(scalars, "fp32") | dict.fromkeys(constexprs, "constexpr")
                 found.append(
                     Variant(
-                        kernel="_rowwise_adamw_kernel",
+                        kernel="step",
                         label=f"d {width}, {dtype} gradients, {'all' if all_rows else 'some'} rows",
                         fn=_rowwise_adamw_kernel,
                         signature=signature,

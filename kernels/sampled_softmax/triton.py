@@ -314,30 +314,30 @@ def aot_variants() -> list[Variant]:
     """Return the kernels as launched for widths 50, 64, 128 and 256 in fp32 and bf16."""
     return [
         Variant(
-            kernel=kernel.fn.__name__,
+            kernel=kernel,
             label=f"{name} d {width}",
-            fn=kernel,
-            signature={arg: _argument_type(arg, name, constants) for arg in kernel.arg_names},
+            fn=fn,
+            signature={arg: _argument_type(arg, name, constants) for arg in fn.arg_names},
             constexprs=constants,
             num_warps=OPTIONS["num_warps"],
             num_stages=OPTIONS["num_stages"],
         )
         for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))
         for width in (50, 64, 128, 256)
-        for kernel, constants in _launched(width, dtype)
+        for kernel, fn, constants in _launched(width, dtype)
     ]
 
 
-def _launched(width: int, dtype: torch.dtype) -> list[tuple[Any, dict[str, Any]]]:
-    """Return every kernel with the constants that the launchers above give it."""
+def _launched(width: int, dtype: torch.dtype) -> list[tuple[str, Any, dict[str, Any]]]:
+    """Return every kernel, named by what it does, with the constants that the launchers above give it."""
     own, shared = _own_constants(width), _shared_constants(width, dtype)
     return [
-        (_own_fwd_kernel, own),
-        (_own_bwd_kernel, own),
-        (_item_sums_kernel, _sums_constants(width)),
-        (_shared_fwd_kernel, shared),
-        (_shared_bwd_users_kernel, shared),
-        (_shared_bwd_items_kernel, shared),
+        ("own negatives, forward", _own_fwd_kernel, own),
+        ("own negatives, backward of users", _own_bwd_kernel, own),
+        ("sums by item", _item_sums_kernel, _sums_constants(width)),
+        ("shared negatives, forward", _shared_fwd_kernel, shared),
+        ("shared negatives, backward of users", _shared_bwd_users_kernel, shared),
+        ("shared negatives, backward of items", _shared_bwd_items_kernel, shared),
     ]
 
 

@@ -246,13 +246,13 @@ def _argument_type(name: str, dtype: str) -> str:
     return "fp32" if name == "eps" else "i32"
 
 
-def _variant(fn: Any, dtype: str, width: int, constants: dict[str, Any]) -> Variant:
+def _variant(kernel: str, fn: Any, dtype: str, width: int, constants: dict[str, Any]) -> Variant:
     launch = {name: value for name, value in constants.items() if name in fn.arg_names}
     types = {name: "constexpr" if name in launch else _argument_type(name, dtype) for name in fn.arg_names}
     strided = [name for name in ("width", "x_stride") if width % 16 == 0]
     strided += [name for name in ("out_width", "weight_stride") if 4 * width % 16 == 0]
     return Variant(
-        kernel=fn.fn.__name__,
+        kernel=kernel,
         label=f"{dtype} d {width}",
         fn=fn,
         signature=types,
@@ -268,6 +268,10 @@ def aot_variants() -> list[Variant]:
     found = []
     for (dtype, itemsize), width in itertools.product((("fp32", 4), ("bf16", 2)), (50, 256, 512, 1024)):
         rows, tiles = {"STORE_NORMED": True, **row_blocks(width)}, _tiles(itemsize, width, 4 * width)
-        found += [_variant(fn, dtype, width, rows) for fn in (_row_norm_kernel, _row_norm_bwd_kernel)]
-        found += [_variant(fn, dtype, width, tiles) for fn in (_uvqk_fwd_kernel, _uvqk_bwd_kernel)]
+        found += [
+            _variant("norm", _row_norm_kernel, dtype, width, rows),
+            _variant("forward", _uvqk_fwd_kernel, dtype, width, tiles),
+            _variant("backward", _uvqk_bwd_kernel, dtype, width, tiles),
+            _variant("backward of norm", _row_norm_bwd_kernel, dtype, width, rows),
+        ]
     return found

@@ -16,7 +16,7 @@ from kernels.hstu_attention import (
     pairwise_time_buckets,
 )
 from kernels.hstu_attention.batch import SCHEDULE_ROWS, schedule
-from kernels.hstu_attention.tiles import groups, spans
+from kernels.hstu_attention.tiles import bucket_of, bucket_of_ordered, groups, spans
 from tests.kernels.attention_cases import assert_close, in_fp64, make_inputs, outputs_and_gradients, rms_ratio
 
 # lengths, targets, window, head dims: empty users, one token, block borders, windows, targets alone and with history.
@@ -62,6 +62,17 @@ def test_a_user_of_a_thousand_tokens_equals_the_reference(poisoned_empty):
     truth = outputs_and_gradients(attention_of(jagged, n, 0, "reference"), in_fp64(leaves))
     for backend in ("cpu", "triton"):
         assert_close(outputs_and_gradients(attention_of(jagged, n, 0, backend), leaves), truth)
+
+
+@pytest.mark.parametrize("blocks", [(64, 32), (64, 16), (32, 32), (32, 16), (16, 32), (16, 16)])
+def test_the_tiles_that_gpus_are_given_equal_the_reference(blocks, monkeypatch, poisoned_empty):
+    from kernels.hstu_attention import triton
+
+    launched = {choice[:2] for by_dtype in triton.TILINGS.values() for row in by_dtype.values() for _, choice in row}
+    assert blocks in launched
+    monkeypatch.setattr(triton, "tiling", lambda *_: (*blocks, 4, 1))
+    compare("triton", ([70, 5, 41], [7, 5, 0], 0, {"qk_dim": 40, "v_dim": 24}))
+    compare("triton", ([70, 33], [9, 0], 21, {"heads": 1}))
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -220,6 +231,29 @@ def test_the_plan_names_every_block_of_queries_once_and_the_longest_first():
     assert sorted(map(tuple, plan.tolist())) == [(0, 0), (0, 64), (0, 128), (0, 192), (2, 0), (2, 64)]
     keys = [0 if user == 2 else min(first + SCHEDULE_ROWS, 180) for user, first in plan.tolist()]
     assert keys == sorted(keys, reverse=True)
+
+
+@settings(deadline=None, max_examples=100)
+@given(data=st.data(), gap=st.sampled_from([2, 2000, 10**6, 10**15]), shift=st.sampled_from([0, -(10**12), 10**12]))
+def test_buckets_of_ordered_times_are_those_of_single_differences(data, gap, shift):
+    gaps = st.lists(st.integers(0, gap) | st.sampled_from(TIME_THRESHOLDS_MS[:100]), min_size=1, max_size=40)
+    keys = torch.tensor(data.draw(gaps)).cumsum(0)[None] + shift
+    queries = keys + torch.tensor(
+        data.draw(st.lists(st.integers(0, gap), min_size=keys.shape[1], max_size=keys.shape[1]))
+    )
+    exact = bucket_of((queries[:, :, None] - keys[:, None, :]).abs())
+    seen = torch.ones(keys.shape[1], keys.shape[1]).tril().bool()
+    assert torch.equal(bucket_of_ordered(queries, keys)[0][seen], exact[0][seen])
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+@pytest.mark.parametrize("targets", [None, [3, 0]])
+def test_times_in_any_order_are_taken(backend, targets):
+    leaves, jagged, n = make_inputs([40, 20], targets=targets, dtype=torch.float32)
+    order = torch.randperm(60, generator=torch.Generator().manual_seed(0))
+    shuffled = JaggedTimes.of(jagged.seq_offsets, jagged.times[order], jagged.query_times, jagged.num_targets)
+    truth = outputs_and_gradients(attention_of(shuffled, n, 0, "reference"), in_fp64(leaves))
+    assert_close(outputs_and_gradients(attention_of(shuffled, n, 0, backend), leaves), truth)
 
 
 def test_groups_hold_every_user_with_a_history_once():

@@ -36,6 +36,18 @@ def test_the_backward_forms_nine_products():
     assert roofline.attention_backward(uneven).tensor_flops == 2 * (5 * 10 + 4)
 
 
+def test_rab_costs_instructions_alone():
+    ours, bare = (roofline.attention_forward(SMALL, with_rab=with_rab) for with_rab in (True, False))
+    assert ours.core_instructions > 2 * bare.core_instructions
+    assert (ours.tensor_flops, ours.memory_bytes) == (bare.tensor_flops, bare.memory_bytes)
+
+
+def test_every_part_has_instructions_for_both_head_dims():
+    for part, by_dim in roofline.PAIR_INSTRUCTIONS.items():
+        assert set(by_dim) == {64, 128}, part
+        assert all(0 < special < every for every, special in by_dim.values()), part
+
+
 def test_cached_scoring_leaves_out_what_the_cache_holds():
     whole, cached = roofline.attention_forward(SMALL), roofline.attention_cached(SMALL)
     history = roofline.attention_forward(
@@ -83,6 +95,8 @@ def test_rows_say_that_they_are_predictions():
     for row in rows:
         assert "predict" in row["name"] + row["unit"]
         assert row["target"] is None
-    (public,) = [row for row in rows if row.get("against_ms")]
-    assert "H100 SXM" in public["name"]
-    assert "9.30" in public["against"]
+    public = [row for row in rows if row.get("against_ms")]
+    assert [row["gpu"] for row in public] == ["H100 SXM"] * 2
+    assert all("9.30" in row["against"] for row in public)
+    with_rab, without = (row["value"] for row in public)
+    assert with_rab > without

@@ -1,0 +1,50 @@
+"""Training through the kernels is training through plain PyTorch: the same losses, step for step."""
+
+import numpy as np
+import pytest
+import torch
+
+from gr_platform.models.build import build_model
+from gr_platform.models.recipes import tiny
+from gr_platform.training.batches import shuffled_batches, training_batch
+from gr_platform.training.loop import adamw, training_users
+from gr_platform.training.objectives import objective_of
+
+NUM_STEPS = 50
+
+
+def loss_curve(dataset, recipe, backend):
+    """Return the loss of every step; the dropout masks are functions of seeds that torch's generator draws."""
+    torch.manual_seed(0)
+    vocabulary, declaration = dataset.vocabulary, dataset.declaration
+    model = build_model(
+        recipe.model,
+        num_rows=vocabulary.num_rows,
+        num_actions=len(declaration.actions),
+        tasks=list(declaration.tasks),
+    ).train()
+    model.encoder.backend = backend
+    assert {layer.backend for layer in model.encoder.layers} == {backend}
+    optimizer, objective = adamw(model, recipe.training), objective_of(dataset, recipe)
+    rows, ends = training_users(dataset)
+    losses = []
+    while len(losses) < NUM_STEPS:
+        for chosen in shuffled_batches(np.arange(len(rows)), recipe.training.batch_size, seed=1, epoch=len(losses)):
+            batch = training_batch(dataset, rows[chosen], ends[chosen], recipe.model)
+            loss, _ = objective.loss(model, batch, len(losses))
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            losses.append(float(loss.detach()))
+    return torch.tensor(losses[:NUM_STEPS], dtype=torch.float64)
+
+
+@pytest.mark.parametrize(
+    ("kind", "negatives"), [("retrieval", "shared"), ("retrieval", "per_token"), ("ranking", None)]
+)
+def test_the_kernels_and_plain_pytorch_give_one_loss_curve(cycle_dataset, kind, negatives):
+    recipe = tiny(kind).with_training(batch_size=16, **({"negatives": negatives} if negatives else {}))
+    assert recipe.model.dropout > 0
+    expected, got = (loss_curve(cycle_dataset, recipe, backend) for backend in ("reference", "cpu"))
+    assert expected[-5:].mean() < expected[:5].mean()
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=0)
