@@ -60,10 +60,13 @@ def _padded(x_LHD: Tensor, rows: Tensor) -> Tensor:
     return taken.transpose(1, 2).contiguous().view(num_users * heads, n, dim)
 
 
-def _unpadded(x_GHnD: Tensor, real: Tensor) -> Tensor:
-    """Return the real rows of a group [sum of lengths, H, D]."""
-    num_users, n = real.shape
-    return x_GHnD.view(num_users, -1, n, x_GHnD.shape[-1]).transpose(1, 2)[real]
+def _unpad(out_LHD: Tensor, x_GHnD: Tensor, rows: Tensor, real: Tensor) -> None:
+    """Write the real rows of a group to their places."""
+    num_users, n = rows.shape
+    by_row = x_GHnD.view(num_users, -1, n, x_GHnD.shape[-1]).transpose(1, 2).reshape(num_users * n, *out_LHD.shape[1:])
+    kept = real.view(-1).nonzero().view(-1)
+    # Rows are moved whole; indexing by a mask takes twice as long.
+    out_LHD.index_copy_(0, rows.view(-1).index_select(0, kept), by_row.index_select(0, kept))
 
 
 def _scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
@@ -96,7 +99,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, time_weight: Te
             buckets = bias.next_buckets(len(rows), last - first, last)[:, :, keys]
             scores = _scores(q_pad[:, first:last], k_pad[:, keys], bias.of_block(buckets))
             out_pad[:, first:last] = torch.bmm(F.silu(scores, inplace=True), v_pad[:, keys])
-        out[rows[real]] = _unpadded(out_pad, real).div_(batch.max_seq_len)
+        _unpad(out, out_pad.div_(batch.max_seq_len), rows, real)
     for user in batch.users:
         if user.m:
             _targets_forward(out, (q, k, v), user, bias, batch.max_seq_len)
@@ -129,7 +132,7 @@ def backward(
         rows, real = group.rows()
         grads = _group_backward(grad, (q, k, v), group, rows, real, bias, batch)
         for whole, of_group in zip((dq, dk, dv), grads, strict=True):
-            whole[rows[real]] = _unpadded(of_group, real)
+            _unpad(whole, of_group, rows, real)
     for user in batch.users:
         if user.m:
             _targets_backward((dq, dk, dv), grad, (q, k, v), user, bias, batch.max_seq_len)

@@ -17,8 +17,8 @@ from kernels.hstu_attention.time_buckets import TIME_THRESHOLDS_MS
 
 ROWS = 128
 LENGTH_STEP = 16
-# Elements of one tile over all heads but one: its scores stay in the second-level cache.
-TILE_ELEMENTS = 1 << 17
+# Elements of one tile and head: its scores stay in the caches, and users of a batch make few groups.
+TILE_ELEMENTS = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)

@@ -282,3 +282,18 @@ def test_gpu_equals_the_reference_and_repeats_bit_for_bit(shape, kind, dtype):
     elif shape[0]:
         limit = 5e-3 if dtype == torch.float16 else 1e-2
         assert all(rms_ratio(a, b) <= limit or b.abs().max() < 1e-3 for a, b in zip(got, expected, strict=True))
+
+
+@pytest.mark.parametrize("num_items", [32_767, 32_768])
+def test_tables_at_the_border_of_short_ids_get_every_gradient(num_items):
+    generator = torch.Generator().manual_seed(0)
+    leaves = [torch.randn(rows, 4, generator=generator, requires_grad=True) for rows in (30, num_items)]
+    targets, negatives = (
+        torch.randint(num_items - 40, num_items, shape, generator=generator) for shape in ((30,), (30, 9))
+    )
+    ours, truth = (
+        torch.autograd.grad(sampled_softmax(*leaves, targets, negatives, 0.5, backend=backend).sum(), leaves)
+        for backend in ("cpu", "reference")
+    )
+    for a, b in zip(ours, truth, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
