@@ -26,7 +26,7 @@ def memory(num_threads: int) -> list[dict[str, Any]]:
     from kernels.norm_gate import bench as layer_bench
 
     torch.set_num_threads(num_threads)
-    return layer_bench.activation_bytes()
+    return layer_bench.activation_bytes() + layer_bench.run(num_threads)
 
 
 def kernels(num_threads: int) -> list[dict[str, Any]]:

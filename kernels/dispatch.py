@@ -4,8 +4,10 @@ Invariant: the device of the tensors chooses (CUDA and ROCm: triton, everything 
 otherwise; arguments are refused here, before anything is launched.
 """
 
+import functools
 import os
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -27,7 +29,30 @@ def choose(backend: Backend | None, x: Tensor) -> Backend:
         raise ValueError(f"backend is {backend!r}, must be one of {', '.join(get_args(Backend))}")
     if backend == "triton" and not x.is_cuda and not interpreted():
         raise ValueError(f"backend 'triton' needs tensors on a GPU, got {x.device}; leave it out, or use 'cpu'")
+    if backend == "cpu" and x.is_cuda:
+        raise ValueError(f"backend 'cpu' needs tensors on the CPU, got {x.device}; leave it out, or move them")
     return backend
+
+
+def traced_or_cast(x: Tensor) -> bool:
+    """Return whether only the registered op will do: in a graph, on meta tensors, where autocast would interfere."""
+    return torch.compiler.is_compiling() or x.is_meta or torch.is_autocast_enabled(x.device.type)
+
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def outside_autocast(op: Callable[P, R]) -> Callable[P, R]:
+    """Return `op` with autocast off: an op keeps the dtypes it was given, inside too."""
+
+    @functools.wraps(op)
+    def run(*args: P.args, **kwargs: P.kwargs) -> R:
+        first: Any = args[0]
+        with torch.autocast(first.device.type, enabled=False):
+            return op(*args, **kwargs)
+
+    return run
 
 
 def warps(wanted: int, *, amd: bool) -> int:

@@ -153,7 +153,7 @@ class Shape:
         return self.num_users * (n * (n + 1) // 2 + m * (n + 1))
 
 
-# The public measurement: issue 3. Lengths in it are dense.
+# The measurement that the authors of the method give for their own kernels; not repeated by us. Lengths are dense.
 PUBLIC = Shape(num_users=32, history=1024, num_targets=2048, heads=4, qk_dim=128, v_dim=128, model_dim=512)
 PUBLIC_LAYERS, PUBLIC_MEASURED_MS = 5, 9.30
 TRAINING = Shape(num_users=32, history=1024, num_targets=0, heads=4, qk_dim=64, v_dim=64, model_dim=256)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dispatch import KERNEL_DTYPES, Backend, choose, require, require_tensor
+from kernels.dispatch import KERNEL_DTYPES, Backend, choose, outside_autocast, require, require_tensor
 from kernels.hstu_attention import cpu, reference
 from kernels.hstu_attention.batch import JaggedTimes
 from kernels.hstu_attention.time_buckets import NUM_TIME_BUCKETS
@@ -37,14 +37,14 @@ def hstu_attention(
     divided by; max_attn_len: the largest distance that is seen, 0 for all. Results do not depend on batch mates and
     repeat bit for bit: there is no other mode. Raises ValueError naming the argument. Source: PAPER sections 2 and 4.
     """
-    check(q, k, v, pos_weight, time_weight, len(jagged.times), max_seq_len, max_attn_len)
+    chosen = choose(backend, q)
+    check(q, k, v, pos_weight, time_weight, len(jagged.times), max_seq_len, max_attn_len, chosen)
     require(jagged.times.device == q.device, "device of jagged", jagged.times.device, f"{q.device}, as q")
     # The message only where it is needed: a graph that is traced with symbolic lengths cannot format them.
     if jagged.max_uih_len > max_seq_len:
         rule = f"at least {jagged.max_uih_len}, the longest history of the batch; cut the history to max_events"
         require(False, "max_seq_len", max_seq_len, rule)
     shared = (jagged.seq_offsets, jagged.times, jagged.query_times, jagged.num_targets)
-    chosen = choose(backend, q)
     if chosen == "reference":
         wide = widened(q, k, v, pos_weight, time_weight)
         return reference.hstu_attention(*wide, *shared, max_seq_len, max_attn_len).to(v.dtype)
@@ -73,10 +73,11 @@ def check(
     num_tokens: int,
     max_seq_len: int,
     max_attn_len: int,
+    chosen: Backend,
 ) -> None:
     """Raise ValueError naming the first argument that does not fit the others."""
     require(q.dim() == 3, "shape of q", list(q.shape), "[tokens, heads, head dim]")
-    dtypes = KERNEL_DTYPES if q.is_cuda else (*KERNEL_DTYPES, torch.float64)
+    dtypes = KERNEL_DTYPES if chosen == "triton" else (*KERNEL_DTYPES, torch.float64)
     heads, dim = q.shape[1:]
     require_tensor("q", q, shape=(num_tokens, None, None), dtype=dtypes)
     require_tensor("k", k, shape=(num_tokens, heads, dim), dtype=q.dtype, like=q)
@@ -84,14 +85,17 @@ def check(
     for argument, x in (("q", q), ("v", v)):
         size = x.shape[-1]
         require(1 <= size <= MAX_HEAD_DIM, f"head dim of {argument}", size, f"between 1 and {MAX_HEAD_DIM}")
+    for argument, number in (("max_seq_len", max_seq_len), ("max_attn_len", max_attn_len)):
+        require(number is not None and not isinstance(number, float), argument, number, "an integer")
     require(max_seq_len > 0, "max_seq_len", max_seq_len, "positive")
     require(max_attn_len >= 0, "max_attn_len", max_attn_len, "0 (no bound) or positive")
-    weights = (torch.float32, q.dtype)
+    weights = (torch.float32,) if q.dtype == torch.float32 else (torch.float32, q.dtype)
     require_tensor("pos_weight", pos_weight, shape=(max_seq_len,), dtype=weights, like=q)
     require_tensor("time_weight", time_weight, shape=(NUM_TIME_BUCKETS,), dtype=pos_weight.dtype, like=q)
 
 
 @torch.library.custom_op("gr::hstu_attention", mutates_args=())
+@outside_autocast
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -121,6 +125,7 @@ def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 
 
 @torch.library.custom_op("gr::hstu_attention_backward", mutates_args=())
+@outside_autocast
 def _attention_backward(
     grad: Tensor,
     q: Tensor,

@@ -94,7 +94,7 @@ def bucket_of_ordered(queries: Tensor, keys: Tensor) -> Tensor:
     """
     num_users, num_queries, num_keys = *queries.shape, keys.shape[1]
     thresholds = torch.tensor(TIME_THRESHOLDS_MS, dtype=torch.int64)
-    # No difference reaches the thresholds beyond these, and below them nothing can overflow.
+    # No difference reaches the thresholds beyond these.
     reached = thresholds[: int(bucket_of(queries.max() - keys.min()))]
     borders = torch.searchsorted(keys, (queries[:, :, None] - reached).flatten(1), right=True)
     rows = num_users * num_queries
@@ -105,7 +105,10 @@ def bucket_of_ordered(queries: Tensor, keys: Tensor) -> Tensor:
 
 
 def _in_order(users: list[Span], times: Tensor, query_times: Tensor) -> bool:
-    """Return whether every history ascends and no token looks from before its own time."""
+    """Return whether every history ascends, no token looks from before its own time, and no difference is absurd."""
+    lowest, highest = (int(times.min()), int(query_times.max())) if len(times) else (0, 0)
+    if lowest < -(1 << 62) or highest - lowest >= 1 << 62:
+        return False  # a time less a threshold could overflow
     counts = torch.tensor([count for user in users for count in (user.h, user.m)], dtype=torch.int64)
     part = torch.arange(len(counts)).repeat_interleave(counts)
     # Between histories, and among targets, any order will do.

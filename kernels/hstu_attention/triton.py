@@ -150,11 +150,12 @@ def forward(
     constants = shape_constants(q, v, num_targets, max_attn_len, "forward")
     grid = (len(plan) * (SCHEDULE_ROWS // constants["BLOCK_M"]), q.shape[1])
     targets = seq_offsets if num_targets is None else num_targets
-    _hstu_attention_fwd_kernel[grid](
-        q, k, v, out, pos_weight, time_weight, thresholds_on(q.device), seq_offsets, times, query_times, targets, plan,
-        q.stride(0), k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1), q.shape[1], 1.0 / max_seq_len,
-        **constants,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _hstu_attention_fwd_kernel[grid](
+            q, k, v, out, pos_weight, time_weight, thresholds_on(q.device), seq_offsets, times, query_times, targets,
+            plan, q.stride(0), k.stride(0), v.stride(0), q.stride(1), k.stride(1), v.stride(1), q.shape[1],
+            1.0 / max_seq_len, **constants,
+        )  # fmt: skip
     return out
 
 

@@ -171,18 +171,21 @@ def backward(
 
     constants = shape_constants(q, v, num_targets, max_attn_len, "kv")
     grid = (len(plan) * (SCHEDULE_ROWS // constants["BLOCK_M"]), num_heads)
-    _hstu_attention_bwd_kv_kernel[grid](grad, q, k, v, dk, dv, *weights, *batch, *strides, **constants)
+    with torch.cuda.device_of(q):
+        _hstu_attention_bwd_kv_kernel[grid](grad, q, k, v, dk, dv, *weights, *batch, *strides, **constants)
     constants = shape_constants(q, v, num_targets, max_attn_len, "q")
     grid = (len(plan) * (SCHEDULE_ROWS // constants["BLOCK_M"]), num_heads)
-    _hstu_attention_bwd_q_kernel[grid](grad, q, k, v, dq, *weights, *batch, *strides, **constants)
+    with torch.cuda.device_of(q):
+        _hstu_attention_bwd_q_kernel[grid](grad, q, k, v, dq, *weights, *batch, *strides, **constants)
 
     constants = shape_constants(q, v, num_targets, max_attn_len, "bias")
     constants["CHUNK"] = constants.pop("BLOCK_N")
     programs = len(plan) * (SCHEDULE_ROWS // constants["BLOCK_M"])
     d_pos = torch.zeros(3, num_users, max_seq_len, dtype=torch.float32, device=q.device)
     d_time = torch.zeros(programs, BUCKET_SLOTS.value, dtype=torch.float32, device=q.device)
-    hstu_attention_bwd_bias_kernel[(programs,)](
-        grad, q, k, v, d_pos, d_time, *weights, *batch, *strides, num_users, max_seq_len, **constants
-    )
+    with torch.cuda.device_of(q):
+        hstu_attention_bwd_bias_kernel[(programs,)](
+            grad, q, k, v, d_pos, d_time, *weights, *batch, *strides, num_users, max_seq_len, **constants
+        )
     d_pos_weight = d_pos.sum((0, 1)).to(pos_weight.dtype)
     return dq, dk, dv, d_pos_weight, d_time.sum(0)[:NUM_TIME_BUCKETS].to(time_weight.dtype)

@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Backend, choose, require, require_tensor
+from kernels.dispatch import Backend, choose, outside_autocast, require, require_tensor
 from kernels.hstu_attention.batch import checked_offsets
 from kernels.hstu_attention.op import check, compute_dtype
 from kernels.hstu_attention_cached import cpu, reference
@@ -56,7 +56,8 @@ def hstu_attention_cached(
     last num_targets (int64 [B]) of each user's are candidates, which see all history and themselves. The rest as in
     `hstu_attention`. Raises ValueError naming the argument. Source: PAPER section 4.
     """
-    check(q, k, v, pos_weight, time_weight, len(times), max_seq_len, max_attn_len)
+    chosen = choose(backend, q)
+    check(q, k, v, pos_weight, time_weight, len(times), max_seq_len, max_attn_len, chosen)
     require_tensor("times", times, shape=(len(q),), dtype=torch.int64, like=q)
     require_tensor("query_times", query_times, shape=(len(q),), dtype=torch.int64, like=q)
     require_tensor("seq_offsets", seq_offsets, shape=(None,), dtype=torch.int64, like=q)
@@ -67,9 +68,9 @@ def hstu_attention_cached(
         q, k, v, seq_offsets, times, query_times, num_targets, past.k, past.v, past.times, past.offsets,
         past.page_table, pos_weight, time_weight, max_seq_len, max_attn_len,
     )  # fmt: skip
-    chosen = choose(backend, q)
     if chosen == "reference":
         check_lengths(seq_offsets, num_targets, past.offsets, len(q), max_seq_len)
+        check_places(past.offsets.tolist(), past.k, past.page_table)
         wide: list[Any] = [x.to(compute_dtype(q)) if _is_float(x) else x for x in arguments]
         return reference.hstu_attention_cached(*wide).to(v.dtype)
     return _cached(*arguments, chosen)
@@ -115,7 +116,24 @@ def check_lengths(
     return bounds, targets, past_bounds
 
 
+def check_places(past_bounds: list[int], past_k: Tensor, page_table: Tensor | None) -> None:
+    """Raise ValueError unless every past token has a place in `past_k`."""
+    if page_table is None:
+        require(past_bounds[-1] == len(past_k), "past.offsets", f"..{past_bounds[-1:]}", f"ending at {len(past_k)}")
+        return
+    num_pages, page = past_k.shape[:2]
+    for user, (start, stop) in enumerate(itertools.pairwise(past_bounds)):
+        used = -(-(stop - start) // max(page, 1))
+        room = page_table.shape[1] * page
+        rule = f"at most {room}, what page_table has room for"
+        require(stop - start <= room, "past.offsets", f"a user with {stop - start} tokens", rule)
+        named = page_table[user, :used].tolist()
+        good = all(0 <= place < num_pages for place in named)
+        require(good, f"past.page_table[{user}]", named, f"page numbers in 0..{num_pages - 1}")
+
+
 @torch.library.custom_op("gr::hstu_attention_cached", mutates_args=())
+@outside_autocast
 def _cached(
     q: Tensor,
     k: Tensor,
@@ -137,12 +155,7 @@ def _cached(
 ) -> Tensor:
     # Lengths are values, so they are looked at here, where tracing does not come.
     bounds, targets, past_bounds = check_lengths(seq_offsets, num_targets, past_offsets, len(q), max_seq_len)
-    if page_table is None:
-        require(past_bounds[-1] == len(past_k), "past.offsets", f"..{past_bounds[-1:]}", f"ending at {len(past_k)}")
-    else:
-        most = max((b - a for a, b in itertools.pairwise(past_bounds)), default=0)
-        room = page_table.shape[1] * past_k.shape[1]
-        require(most <= room, "past.offsets", f"a user with {most} tokens", f"at most {room}, what page_table names")
+    check_places(past_bounds, past_k, page_table)
     new = (q, k, v, times, query_times)
     past = (past_k, past_v, past_times)
     constants = (max_seq_len, max_attn_len)

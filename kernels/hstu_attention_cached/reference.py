@@ -56,11 +56,13 @@ def attend_candidates(
     time_weight: Tensor,
     max_seq_len: int,
     max_attn_len: int = 0,
+    own_times: Tensor | None = None,
 ) -> Tensor:
     """Return the attention [C, H, Dv] of C candidates that each see one user's history and themselves (M-FALCON).
 
     q, k [C, H, D] and v [C, H, Dv] of the candidates; past_k [P, H, D], past_v [P, H, Dv]; past_times int64 [P] and
-    request_times int64 [1] (of all) or [C] in ms. All candidates stand at position P.
+    request_times int64 [1] (of all) or [C] in ms; own_times int64 [C]: the candidates' times as keys, None where they
+    are the request's. All candidates stand at position P.
     """
     num_past = past_k.shape[0]
     distance = num_past - torch.arange(num_past, device=q.device)
@@ -69,7 +71,12 @@ def attend_candidates(
     if max_attn_len:
         weights = weights * (distance <= max_attn_len).to(q.dtype)
     over_history = torch.einsum("hcl,lhd->chd", weights, past_v)
-    to_itself = F.silu((q * k).sum(-1, keepdim=True) + (pos_weight[0] + time_weight[0])) * v
+    own_bias = pos_weight[0] + time_weight[0]
+    if own_times is not None:
+        apart = request_times - own_times
+        own_bucket = pairwise_time_buckets(apart, torch.zeros(1, dtype=torch.int64, device=apart.device))
+        own_bias = (pos_weight[0] + time_weight[own_bucket])[..., None]
+    to_itself = F.silu((q * k).sum(-1, keepdim=True) + own_bias) * v
     return (over_history + to_itself) / max_seq_len
 
 
@@ -114,6 +121,8 @@ def hstu_attention_cached(
         outputs.append(attend_new(q[new], seen_k, seen_v, query_times[new], seen_times, *constants))
         if m:
             outputs.append(
-                attend_candidates(q[own], k[own], v[own], seen_k, seen_v, query_times[own], seen_times, *constants)
+                attend_candidates(
+                    q[own], k[own], v[own], seen_k, seen_v, query_times[own], seen_times, *constants, times[own]
+                )
             )
     return torch.cat(outputs)

@@ -93,14 +93,15 @@ def forward(
         return out
     constants = shape_constants(q, v, num_targets, max_attn_len, "cached")
     grid = (len(plan) * (SCHEDULE_ROWS // constants["BLOCK_M"]), q.shape[1])
-    _hstu_attention_cached_fwd_kernel[grid](
-        q, k, v, out, past_k, past_v, past_times, past_offsets, plan if page_table is None else page_table, pos_weight,
-        time_weight, thresholds_on(q.device), seq_offsets, times, query_times,
-        seq_offsets if num_targets is None else num_targets, plan, q.stride(0), k.stride(0), v.stride(0), q.stride(1),
-        k.stride(1), v.stride(1), past_k.stride(-3), past_v.stride(-3), q.shape[1],
-        0 if page_table is None else page_table.shape[1], 1.0 / max_seq_len,
-        PAGE=0 if page_table is None else past_k.shape[1], **constants,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        _hstu_attention_cached_fwd_kernel[grid](
+            q, k, v, out, past_k, past_v, past_times, past_offsets, plan if page_table is None else page_table,
+            pos_weight, time_weight, thresholds_on(q.device), seq_offsets, times, query_times,
+            seq_offsets if num_targets is None else num_targets, plan, q.stride(0), k.stride(0), v.stride(0),
+            q.stride(1), k.stride(1), v.stride(1), past_k.stride(-3), past_v.stride(-3), q.shape[1],
+            0 if page_table is None else page_table.shape[1], 1.0 / max_seq_len,
+            PAGE=0 if page_table is None else past_k.shape[1], **constants,
+        )  # fmt: skip
     return out
 
 

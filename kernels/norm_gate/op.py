@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kernels import dropout as mask
-from kernels.dispatch import KERNEL_DTYPES, Backend, choose, require, require_tensor
+from kernels.dispatch import KERNEL_DTYPES, Backend, choose, outside_autocast, require, require_tensor, traced_or_cast
 from kernels.norm_gate import cpu, reference
 
 # A GPU program holds whole rows in registers.
@@ -28,9 +28,9 @@ def _implementation(backend: str) -> ModuleType:
     return triton
 
 
-def _without_autograd() -> bool:
+def _without_autograd(x: Tensor) -> bool:
     """Return whether the registered op would add nothing but its 15 us a call: it matters when serving one token."""
-    return not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return not torch.is_grad_enabled() and not traced_or_cast(x)
 
 
 def _check(attention: Tensor, u: Tensor, dropout: float, seed: Tensor | None, backend: str) -> None:
@@ -61,7 +61,7 @@ def norm_gate(
     _check(attention, u, dropout, seed, chosen)
     if chosen == "reference":
         return reference.norm_gate(attention, u, dropout, seed, eps)
-    if _without_autograd():
+    if _without_autograd(attention):
         gated: Tensor = _implementation(chosen).norm_gate(attention, u, dropout, seed, eps)
         return gated
     out: Tensor = torch.ops.gr.norm_gate(attention, u, dropout, seed, eps, chosen)
@@ -93,7 +93,7 @@ def norm_gate_linear(
     if chosen == "reference":
         return reference.norm_gate_linear(attention, u, weight, bias, residual, dropout, seed, eps)
     arguments = (attention, u, weight, bias, residual, dropout, seed, eps)
-    if _without_autograd():
+    if _without_autograd(attention):
         rows: Tensor = _implementation(chosen).norm_gate_linear(*arguments)
         return rows
     out: Tensor = torch.ops.gr.norm_gate_linear(*arguments, chosen)
@@ -117,6 +117,7 @@ def hash_dropout(x: Tensor, dropout: float, seed: Tensor | None, *, backend: Bac
 
 
 @torch.library.custom_op("gr::norm_gate", mutates_args=())
+@outside_autocast
 def _norm_gate(attention: Tensor, u: Tensor, dropout: float, seed: Tensor | None, eps: float, backend: str) -> Tensor:
     out: Tensor = _implementation(backend).norm_gate(attention, u, dropout, seed, eps)
     return out
@@ -128,6 +129,7 @@ def _(attention: Tensor, u: Tensor, dropout: float, seed: Tensor | None, eps: fl
 
 
 @torch.library.custom_op("gr::norm_gate_backward", mutates_args=())
+@outside_autocast
 def _norm_gate_backward(
     grad: Tensor, attention: Tensor, u: Tensor, dropout: float, seed: Tensor | None, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -157,6 +159,7 @@ _norm_gate.register_autograd(_differentiate_norm_gate, setup_context=_save_for_n
 
 
 @torch.library.custom_op("gr::norm_gate_linear", mutates_args=())
+@outside_autocast
 def _norm_gate_linear(
     attention: Tensor,
     u: Tensor,
@@ -189,6 +192,7 @@ def _(
 
 
 @torch.library.custom_op("gr::norm_gate_linear_backward", mutates_args=())
+@outside_autocast
 def _norm_gate_linear_backward(
     grad: Tensor,
     attention: Tensor,
@@ -235,6 +239,7 @@ _norm_gate_linear.register_autograd(_differentiate_norm_gate_linear, setup_conte
 
 
 @torch.library.custom_op("gr::hash_dropout", mutates_args=())
+@outside_autocast
 def _hash_dropout(x: Tensor, dropout: float, seed: Tensor, backend: str) -> Tensor:
     out: Tensor = _implementation(backend).hash_dropout(x, dropout, seed)
     return out

@@ -243,6 +243,7 @@ def norm_gate_linear_backward(
 def hash_dropout(x: Tensor, dropout: float, seed: Tensor) -> Tensor:
     """Return x [L, W] with a share of its elements zeroed and the rest divided by 1 - dropout: its own backward."""
     num_rows, width = x.shape
+    x = x.contiguous()
     out = torch.empty((num_rows, width), dtype=x.dtype, device=x.device)
     if out.numel():
         blocks = row_blocks(width, MAX_DROPOUT_BLOCK)

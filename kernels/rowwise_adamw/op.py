@@ -8,7 +8,7 @@ Legend: V rows of the table, R touched rows, d width.
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Backend, choose, require, require_tensor
+from kernels.dispatch import Backend, choose, outside_autocast, require, require_tensor
 from kernels.rowwise_adamw import cpu, reference
 
 MAX_TRITON_WIDTH = 4096
@@ -89,6 +89,7 @@ def _check_rows(rows: Tensor | None, num_rows: int) -> None:
 
 
 @torch.library.custom_op("gr::rowwise_adamw_", mutates_args=("weight", "exp_avg", "exp_avg_sq"))
+@outside_autocast
 def _op(
     weight: Tensor,
     exp_avg: Tensor,

@@ -60,7 +60,8 @@ class RowwiseAdamW(torch.optim.Optimizer):
             numbers = {name: group[name] for name in ("lr", "betas", "eps", "weight_decay")}
             for table in group["params"]:
                 if table.grad is not None:
-                    self._update(table, table.grad, numbers)
+                    grad = table.grad if table.grad.is_sparse else table.grad.contiguous()
+                    self._update(table, grad, numbers)
         return loss
 
     def _update(self, table: Tensor, grad: Tensor, numbers: dict[str, Any]) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dispatch import KERNEL_DTYPES, Backend, choose, require, require_tensor
+from kernels.dispatch import KERNEL_DTYPES, Backend, choose, outside_autocast, require, require_tensor
 from kernels.sampled_softmax import cpu, reference
 
 MAX_TRITON_WIDTH = 256
@@ -102,6 +102,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 @torch.library.custom_op("gr::sampled_softmax", mutates_args=())
+@outside_autocast
 def _op(
     users: Tensor,
     items: Tensor,
@@ -139,6 +140,7 @@ def _(
 
 
 @torch.library.custom_op("gr::sampled_softmax_backward", mutates_args=())
+@outside_autocast
 def _backward_op(
     grad: Tensor,
     users: Tensor,

@@ -21,9 +21,3 @@ def sampled_softmax(users: Tensor, items: Tensor, targets: Tensor, negatives: Te
     positive = logits.gather(1, targets[:, None])
     negative = logits.gather(1, negatives).masked_fill(negatives == targets[:, None], float("-inf"))
     return torch.cat([positive, negative], dim=1).logsumexp(dim=1) - positive[:, 0]
-
-
-def full_softmax(users: Tensor, items: Tensor, targets: Tensor, temperature: float, first_item: int = 0) -> Tensor:
-    """Return the losses [T] against all rows of the table from first_item on."""
-    rows = torch.arange(first_item, len(items), device=items.device)
-    return sampled_softmax(users, items, targets, rows, temperature)

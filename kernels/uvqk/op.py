@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.dispatch import KERNEL_DTYPES, Backend, choose, require, require_tensor
+from kernels.dispatch import KERNEL_DTYPES, Backend, choose, outside_autocast, require, require_tensor, traced_or_cast
 from kernels.uvqk import cpu, reference
 
 # A GPU program of the norm holds whole rows in registers.
@@ -41,7 +41,7 @@ def uvqk(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: Backend | Non
     require_tensor("weight", weight, shape=(width, None), dtype=x.dtype, like=x)
     if chosen == "reference":
         return reference.uvqk(x, weight, eps)
-    if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+    if not torch.is_grad_enabled() and not traced_or_cast(x):
         # The registered op would add nothing but its 10 us a call, which matter when serving one token.
         projected: Tensor = _implementation(chosen).uvqk(x, weight, eps)
         return projected
@@ -50,6 +50,7 @@ def uvqk(x: Tensor, weight: Tensor, *, eps: float = 1e-6, backend: Backend | Non
 
 
 @torch.library.custom_op("gr::uvqk", mutates_args=())
+@outside_autocast
 def _uvqk(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
     out: Tensor = _implementation(backend).uvqk(x, weight, eps)
     return out
@@ -61,6 +62,7 @@ def _(x: Tensor, weight: Tensor, eps: float, backend: str) -> Tensor:
 
 
 @torch.library.custom_op("gr::uvqk_backward", mutates_args=())
+@outside_autocast
 def _uvqk_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
     grad_x, grad_weight = _implementation(backend).uvqk_backward(grad, x, weight, eps)
     return grad_x, grad_weight

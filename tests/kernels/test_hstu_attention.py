@@ -322,6 +322,12 @@ BAD = {
     "shape of pos_weight": {"pos_weight": lambda w: w[:-1]},
     "shape of time_weight": {"time_weight": lambda w: w[:-1]},
     "max_attn_len": {"max_attn_len": lambda _: -1},
+    "max_seq_len is 8.0": {"max_seq_len": float},
+    "max_attn_len is None": {"max_attn_len": lambda _: None},
+    "dtype of q is torch.float64": {
+        **{name: lambda x: x.double() for name in ("q", "k", "v", "pos_weight", "time_weight")},
+        "backend": lambda _: "triton",
+    },
     "backend": {"backend": lambda _: "cuda"},
 }
 
@@ -330,6 +336,31 @@ BAD = {
 def test_a_wrong_argument_is_named(name):
     with pytest.raises(ValueError, match=name):
         hstu_attention(**changed(**BAD[name]))
+
+
+@pytest.mark.parametrize("backend", ["cpu", "triton"])
+def test_autocast_changes_nothing(backend):
+    leaves, jagged, n = make_inputs([40, 9], targets=[3, 0], dtype=torch.float32)
+    plain = outputs_and_gradients(attention_of(jagged, n, 0, backend), leaves)
+
+    def attention(*leaves):
+        with torch.autocast("cpu", torch.bfloat16):
+            return attention_of(jagged, n, 0, backend)(*leaves)
+
+    assert all(torch.equal(a, b) for a, b in zip(outputs_and_gradients(attention, leaves), plain, strict=True))
+
+
+@pytest.mark.parametrize("first", [-(2**63), -(10**15), 2**62])
+def test_times_far_from_zero_are_bucketed_exactly(first):
+    (q, k, v, *weights), jagged, n = make_inputs([30], dtype=torch.float32)
+    times = jagged.times - jagged.times[0] + first
+    far = JaggedTimes.of(jagged.seq_offsets, times, times)
+    near = JaggedTimes.of(jagged.seq_offsets, times - first, times - first)
+    for backend in ("reference", "cpu"):
+        torch.testing.assert_close(
+            attention_of(far, n, 0, backend)(q, k, v, *weights),
+            attention_of(near, n, 0, "reference")(q, k, v, *weights),
+        )
 
 
 @pytest.mark.parametrize(("length", "m", "fits"), [(8, 0, 8), (8, 1, 8), (8, 5, 4)])

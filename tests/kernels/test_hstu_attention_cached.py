@@ -43,7 +43,8 @@ def split(
     times, query_times = jagged.times.clone(), jagged.query_times.clone()
     for start, (p, h, m) in zip(starts[:-1], users, strict=True):
         own = slice(start + p + h, start + p + h + m)
-        times[own] = query_times[own] = times[own.start] if one_request and m else query_times[own]
+        if one_request and m:
+            times[own] = query_times[own] = times[own.start]
     whole = JaggedTimes.of(jagged.seq_offsets, times, query_times, jagged.num_targets)
     full = hstu_attention(q, k, v, whole, *weights, n, max_attn_len=window, backend="reference")
     past_rows = torch.cat([torch.arange(s, s + p) for s, (p, _, _) in zip(starts[:-1], users, strict=True)])
@@ -59,9 +60,10 @@ def split(
     def there(*tensors):
         return [None if x is None else x.to(device) for x in tensors]
 
-    def run(backend):
+    def run(backend, order=slice(None)):
         cache = PastKV(*there(*past, torch.tensor([0, *past_lengths]).cumsum(0), table))
-        given = there(*new, offsets, times[new_rows], query_times[new_rows])
+        q, k, v, own_times, asked = (x[order] for x in (*new, times[new_rows], query_times[new_rows]))
+        given = there(q, k, v, offsets, own_times, asked)
         num_targets = torch.tensor(targets).to(device)
         options = {"num_targets": num_targets, "max_attn_len": window, "backend": backend}
         return hstu_attention_cached(*given, cache, *there(*narrow), n, **options).cpu()
@@ -104,7 +106,21 @@ def test_pages_and_contiguous_rows_give_the_same_bits():
     _, run = split(USERS)
     _, run_paged = split(USERS, page=16)
     for backend in ("cpu", "triton"):
-        torch.testing.assert_close(run(backend), run_paged(backend), rtol=0, atol=1e-6)
+        assert torch.equal(run(backend), run_paged(backend))
+
+
+def test_permuting_candidates_permutes_rows_of_the_op():
+    order = torch.cat([torch.arange(2), 2 + torch.randperm(40, generator=torch.Generator().manual_seed(1))])
+    for page, backend in ((0, "cpu"), (16, "cpu"), (0, "triton"), (16, "triton")):
+        _, run = split([(90, 2, 40)], page=page)
+        torch.testing.assert_close(run(backend, order), run(backend)[order], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["past.offsets is a user with 9 tokens", r"past.page_table\[0\] is"])
+def test_the_reference_refuses_the_same_places(name):
+    page, changes = BAD[name]
+    with pytest.raises(ValueError, match=name):
+        hstu_attention_cached(**arguments(page, **changes), backend="reference")
 
 
 def test_candidates_of_one_request_equal_those_with_a_time_each():
@@ -170,6 +186,9 @@ BAD = {
     "shape of past.offsets": (0, {"past_offsets": lambda o: o[:1]}),
     "past.offsets is": (0, {"past_offsets": lambda o: o - o + torch.tensor([0, 5])}),
     "past.offsets is a user with 9 tokens": (4, {"past_offsets": lambda o: torch.tensor([0, 9])}),
+    r"past.page_table\[0\] is": (4, {"past_page_table": lambda t: t - t + torch.tensor([[0, 9]], dtype=torch.int32)}),
+    "must be page numbers": (4, {"past_page_table": lambda t: t - t - 1}),
+    "max_seq_len is 12.0": (0, {"max_seq_len": float}),
     "seq_offsets": (0, {"seq_offsets": lambda o: torch.tensor([0, 2])}),
     "num_targets": (0, {"num_targets": lambda m: m + 3}),
     "max_seq_len is 8, must be at least 9": (

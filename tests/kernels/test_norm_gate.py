@@ -6,6 +6,7 @@ import math
 import pytest
 import torch
 
+from kernels.dropout import _keys as dropout_keys
 from kernels.dropout import keep_mask
 from kernels.norm_gate import bench, hash_dropout, norm_gate, norm_gate_linear
 from kernels.norm_gate.cpu import TILE_ELEMENTS
@@ -171,9 +172,12 @@ def test_rectangles_of_the_mask_are_uncorrelated():
 
 def test_row_and_column_beyond_2_to_32_elements_do_not_wrap_onto_the_first():
     """Element 2^32 of a width of 2^16 is row 2^16, column 0: its bits are not those of row 0."""
-    width = 64
-    mask = keep_mask(torch.tensor([1]), (1 << 16) + 64, width, 0.5)
-    assert not torch.equal(mask[:64], mask[1 << 16 :])
+    width, row = 1 << 16, torch.tensor([0, 1 << 16])
+    num_rows = (1 << 16) + 1
+    keys, multipliers, offsets = dropout_keys(torch.tensor([1]), num_rows, width)
+    assert keys[row[0]] != keys[row[1]]
+    bits = (keys[row][:, None] * multipliers + offsets) & 0xFFFFFFFF
+    assert (bits[0] != bits[1]).float().mean() > 0.99
 
 
 def test_gradcheck_of_the_cpu_path():
@@ -259,3 +263,13 @@ def test_a_layer_keeps_12_d_against_the_papers_14_d():
         assert rows[f"activations, HSTU layer, {dtype}"] <= 12.01
         assert rows[f"activations, HSTU layer, gated rows saved, {dtype}"] <= 14.01
         assert rows[f"activations, Transformer layer, {dtype}"] >= 33.0
+
+
+@pytest.mark.parametrize("backend", ["reference", "cpu", "triton"])
+def test_gradients_may_be_expanded_or_transposed(backend):
+    x = torch.ones(4, 8, requires_grad=True)
+    grads = [torch.tensor(1.0).expand(4, 8), torch.arange(32.0).view(8, 4).t()]
+    for grad in grads:
+        strided = torch.autograd.grad(hash_dropout(x, 0.5, SEED, backend=backend), x, grad)[0]
+        plain = torch.autograd.grad(hash_dropout(x, 0.5, SEED, backend="reference"), x, grad.contiguous())[0]
+        assert torch.equal(strided, plain)

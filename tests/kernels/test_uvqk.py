@@ -142,3 +142,12 @@ def test_bad_input_is_refused_by_name(case):
     name, arguments = list(bad_inputs())[case]
     with pytest.raises(ValueError, match=rf"\b{name}\b"):
         uvqk(*arguments)
+
+
+@pytest.mark.parametrize("before", [1, 3, 700, 5000])
+def test_rows_are_equal_to_1e_6_whoever_else_is_in_the_batch(before):
+    generator = torch.Generator().manual_seed(before)
+    x = torch.randn(before + 300, 50, generator=generator)
+    weight = torch.randn(50, 200, generator=generator) * 0.1
+    alone, together = uvqk(x[before:], weight), uvqk(x, weight)[before:]
+    assert float((alone - together).abs().max()) <= 1e-6 * float(together.abs().max())

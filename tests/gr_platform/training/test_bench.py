@@ -1,5 +1,6 @@
 """The step benchmark measures what it says: the shape of ML-1M, one loss on every side, each part once."""
 
+import ctypes
 from dataclasses import replace
 
 import pytest
@@ -70,4 +71,4 @@ def test_the_peer_is_given_the_same_users_and_its_first_step_is_not_counted(monk
 
 
 def test_freed_memory_is_kept_where_the_c_library_can():
-    assert bench.keep_freed_memory() in (True, False)
+    assert bench.keep_freed_memory() == hasattr(ctypes.CDLL(None), "mallopt")
