@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kernels.dispatch import require, require_tensor
-from kernels.hstu_attention.tiles import spans, tile_buckets
+from kernels.hstu_attention.tiles import bucket_plan, spans
 
 # Queries a program of the Triton kernels takes; shorter tiles of it are cut from this one.
 SCHEDULE_ROWS = 64
@@ -48,7 +48,7 @@ class JaggedTimes:
         if times.is_cuda:
             plan = schedule(bounds, targets).to(times.device)
         else:
-            plan = tile_buckets(spans(bounds, targets), times, query_times)
+            plan = bucket_plan(spans(bounds, targets), times, query_times)
         return JaggedTimes(seq_offsets, times, query_times, num_targets, longest, plan)
 
 

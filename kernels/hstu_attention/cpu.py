@@ -1,7 +1,8 @@
 """HSTU attention on the CPU: padded products of users of like length, tile by tile, computed again in the backward.
 
-Invariant: no tensor of n x n outlives its tile, and a user's rows are bit-equal whatever else is in the batch: its
-operands are copies of its own (BLAS rounds by alignment) in shapes that its own length decides.
+Invariant: no tensor of n x n outlives its tile but the time buckets of a batch that is small enough to keep them
+(tiles.PLAN_BYTES), and a user's rows are bit-equal whatever else is in the batch: its operands are copies of its own
+(BLAS rounds by alignment) in shapes that its own length decides.
 
 Legend: L tokens, G users of a group, H heads, D / Dv head dims, n padded history, r queries and c keys of a tile.
 """
@@ -20,10 +21,12 @@ silu_backward = torch.ops.aten.silu_backward
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """What is not learned: users, the flat buckets of their tiles, N, and the window (0: none)."""
+    """What is not learned: users, times, the flat buckets of their tiles (or none), N, and the window (0: none)."""
 
     users: list[Span]
-    buckets: Tensor
+    times: Tensor
+    query_times: Tensor
+    plan: Tensor
     max_seq_len: int
     max_attn_len: int
 
@@ -37,15 +40,16 @@ class Batch:
         max_seq_len: int,
         max_attn_len: int,
     ) -> "Batch":
-        """Return the batch; `plan` holds the buckets, or nothing: then they are computed."""
+        """Return the batch; `plan` holds the buckets, or nothing: then each walk forms them tile by tile."""
         users = spans(seq_offsets.tolist(), None if num_targets is None else num_targets.tolist())
-        buckets = plan if len(plan) or not len(times) else tile_buckets(users, times, query_times)
-        return Batch(users, buckets, max_seq_len, max_attn_len)
+        return Batch(users, times, query_times, plan, max_seq_len, max_attn_len)
 
     def bias(self, pos_weight: Tensor, time_weight: Tensor) -> TileBias:
         """Return the biases of one walk over the tiles."""
         longest = max((user.h for user in self.users), default=0)
-        return TileBias(pos_weight, time_weight, self.buckets, -(-longest // ROWS) * ROWS, self.max_attn_len)
+        width = -(-longest // ROWS) * ROWS
+        formed = None if len(self.plan) else tile_buckets(self.users, self.times, self.query_times)
+        return TileBias(pos_weight, time_weight, self.plan, formed, width, self.max_attn_len)
 
     def first_key(self, first: int) -> int:
         """Return the first key that some query from row `first` on sees."""

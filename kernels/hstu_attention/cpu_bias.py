@@ -7,6 +7,7 @@ Legend: G users of a group, H heads, r queries and c keys of a tile, m targets a
 """
 
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -22,9 +23,15 @@ class TileBias:
     """Biases of one walk over the tiles of a batch; `collect_*` gathers their gradients on the way."""
 
     def __init__(
-        self, pos_weight: Tensor, time_weight: Tensor, buckets: Tensor, longest: int, max_attn_len: int
+        self,
+        pos_weight: Tensor,
+        time_weight: Tensor,
+        plan: Tensor,
+        formed: Iterator[Tensor] | None,
+        longest: int,
+        max_attn_len: int,
     ) -> None:
-        self.pos_weight, self.time_weight, self.buckets = pos_weight, time_weight, buckets
+        self.pos_weight, self.time_weight, self.plan, self.formed = pos_weight, time_weight, plan, formed
         self.max_attn_len, self.cursor = max_attn_len, 0
         # Counted from the right, a column of row i is the same distance in every block of queries: one layout for all.
         self.width = longest
@@ -41,9 +48,11 @@ class TileBias:
         return self.pos_weight[distance.clamp(0, len(self.pos_weight) - 1)].masked_fill_(hidden, MASKED)
 
     def next_buckets(self, *shape: int) -> Tensor:
-        """Return the buckets of the walk's next tile."""
+        """Return the buckets of the walk's next tile: of the plan, or formed now."""
+        if self.formed is not None:
+            return next(self.formed).view(shape)
         begin, self.cursor = self.cursor, self.cursor + math.prod(shape)
-        return self.buckets[begin : self.cursor].view(shape)
+        return self.plan[begin : self.cursor].view(shape)
 
     def _of_time(self, buckets: Tensor) -> Tensor:
         return self.time_weight.index_select(0, buckets.reshape(-1).long()).view(buckets.shape)

@@ -19,6 +19,8 @@ ROWS = 128
 LENGTH_STEP = 16
 # Elements of one tile and head: its scores stay in the caches, and users of a batch make few groups.
 TILE_ELEMENTS = 1 << 18
+# Buckets that take no more are kept while their batch lives; beyond, every walk forms them again, a tile at a time.
+PLAN_BYTES = 64 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,22 +118,26 @@ def _in_order(users: list[Span], times: Tensor, query_times: Tensor) -> bool:
     return bool(((times[1:] >= times[:-1]) | free).all() and (query_times >= times).all())
 
 
-def tile_buckets(users: list[Span], times: Tensor, query_times: Tensor) -> Tensor:
-    """Return the buckets of every tile, flat uint8, in the order that the CPU path walks them."""
-    flat = []
+def tile_buckets(users: list[Span], times: Tensor, query_times: Tensor) -> Iterator[Tensor]:
+    """Yield the buckets uint8 of every tile in the order that the CPU path walks them."""
     in_order = _in_order(users, times, query_times)
     for group in groups(users):
         rows, _ = group.rows()
         keys, queries = times[rows], query_times[rows]
         for first, last in group.row_blocks():
             if in_order:
-                tile = bucket_of_ordered(queries[:, first:last].contiguous(), keys[:, :last].contiguous())
+                yield bucket_of_ordered(queries[:, first:last].contiguous(), keys[:, :last].contiguous())
             else:
-                tile = bucket_of((queries[:, first:last, None] - keys[:, None, :last]).abs_())
-            flat.append(tile.view(-1))
+                yield bucket_of((queries[:, first:last, None] - keys[:, None, :last]).abs_())
     for user in users:
         for own in user.target_rows():
-            difference = query_times[own, None] - times[None, user.history()]
-            flat.append(bucket_of(difference.abs_()).view(-1))
-            flat.append(bucket_of((query_times[own] - times[own]).abs_()))
-    return torch.cat(flat) if flat else torch.zeros(0, dtype=torch.uint8)
+            yield bucket_of((query_times[own, None] - times[None, user.history()]).abs_())
+            yield bucket_of((query_times[own] - times[own]).abs_())
+
+
+def bucket_plan(users: list[Span], times: Tensor, query_times: Tensor) -> Tensor:
+    """Return the buckets of all tiles, flat uint8, for layers and directions to share; nothing if they are too many."""
+    num_pairs = sum(user.h * (user.h + ROWS) // 2 + user.m * (user.h + 1) for user in users)
+    if not num_pairs or num_pairs > PLAN_BYTES:
+        return torch.zeros(0, dtype=torch.uint8)
+    return torch.cat([tile.reshape(-1) for tile in tile_buckets(users, times, query_times)])

@@ -14,6 +14,7 @@ from kernels.hstu_attention import (
     JaggedTimes,
     hstu_attention,
     pairwise_time_buckets,
+    tiles,
 )
 from kernels.hstu_attention.batch import SCHEDULE_ROWS, schedule
 from kernels.hstu_attention.tiles import bucket_of, bucket_of_ordered, groups, spans
@@ -254,6 +255,17 @@ def test_times_in_any_order_are_taken(backend, targets):
     shuffled = JaggedTimes.of(jagged.seq_offsets, jagged.times[order], jagged.query_times, jagged.num_targets)
     truth = outputs_and_gradients(attention_of(shuffled, n, 0, "reference"), in_fp64(leaves))
     assert_close(outputs_and_gradients(attention_of(shuffled, n, 0, backend), leaves), truth)
+
+
+@pytest.mark.parametrize("targets", [None, [3, 0, 4]])
+def test_buckets_that_are_too_many_are_formed_tile_by_tile_and_not_kept(targets, monkeypatch):
+    leaves, jagged, n = make_inputs([300, 0, 40], targets=targets, dtype=torch.float32)
+    kept = outputs_and_gradients(attention_of(jagged, n, 0, "cpu"), leaves)
+    monkeypatch.setattr(tiles, "PLAN_BYTES", 100)
+    large = JaggedTimes.of(jagged.seq_offsets, jagged.times, jagged.query_times, jagged.num_targets)
+    assert len(jagged.plan) > 0 == len(large.plan)
+    formed = outputs_and_gradients(attention_of(large, n, 0, "cpu"), leaves)
+    assert all(torch.equal(a, b) for a, b in zip(kept, formed, strict=True))
 
 
 def test_groups_hold_every_user_with_a_history_once():
