@@ -250,7 +250,5 @@ def _nvidia_registers(ptx: str, target: str) -> tuple[int, int]:
 
 def _amd_registers(assembly: str) -> tuple[int, int]:
     """Return vector registers and spilled bytes from the kernel's metadata."""
-    counts = {
-        name: int(value) for name, value in re.findall(r"\.(\w*vgpr\w*|private_segment_fixed_size):\s+(\d+)", assembly)
-    }
+    counts = {name: int(value) for name, value in re.findall(r"\.(\w*vgpr\w*):\s+(\d+)", assembly)}
     return counts["vgpr_count"], 4 * counts.get("vgpr_spill_count", 0)
