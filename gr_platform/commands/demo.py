@@ -84,7 +84,7 @@ def simulated(home: Path, num_events: int, seed: int = SEED) -> Path:
     made = storage.ensure(
         home / "simulated",
         "events",
-        {"num_events": num_events, "seed": seed},
+        {"num_events": num_events, "seed": seed, "simulator": 2},
         lambda folder: simulate(folder / "events.parquet", num_events=num_events, seed=seed),
     )
     return made.folder / "events.parquet"
