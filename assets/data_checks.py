@@ -3,59 +3,39 @@
 Invariant: a check reads finished results only, and its description is the sentence a person needs when it fails.
 """
 
+import time
+from collections.abc import Iterator
+
 import dagster as dg
 
-from assets.materialization import verdict
+from assets.materialization import table, verdict
 from assets.resources import Platform
-from gr_platform import storage
+from gr_platform.events.checks import CHECKS, read_log, report
 
 
-@dg.asset_check(asset="events", name="schema", blocking=True)
-def events_schema(platform: Platform) -> dg.AssetCheckResult:
-    """Clean events have the contract's columns and types, no NULL in them, and declared actions only."""
-    from gr_platform.events.ingest import clean_events
+@dg.multi_asset_check(
+    specs=[
+        dg.AssetCheckSpec(name, asset="events", description=check.description, blocking=check.blocking)
+        for name, check in CHECKS.items()
+    ],
+    can_subset=True,
+)
+def events_checks(context: dg.AssetCheckExecutionContext, platform: Platform) -> Iterator[dg.AssetCheckResult]:
+    """Every partition judged by every check; an error stops what comes after, a warning is shown."""
+    from gr_platform.events.landing import load_declaration
 
-    clean = clean_events(platform.folder(), platform.dataset_name())
-    id_types = {"int64": "BIGINT", "string": "VARCHAR"}
-    wanted = {
-        "user_id": id_types[clean.declaration.user_id_type],
-        "item_id": id_types[clean.declaration.item_id_type],
-        "action": "VARCHAR",
-        "event_ts": "BIGINT",
-    }
-    described = clean.query("SELECT column_name, column_type FROM (DESCRIBE events)").to_pylist()
-    types = {row["column_name"]: row["column_type"] for row in described}
-    faults = [
-        f"{name} is {types.get(name, 'missing')}, not {kind}"
-        for name, kind in wanted.items()
-        if types.get(name) != kind
-    ]
-    if not faults:
-        filled = clean.query("SELECT count(*) AS num_rows, count(COLUMNS(*)) FROM events").to_pylist()[0]
-        missing = {name: filled["num_rows"] - filled[name] for name in wanted}
-        faults = [f"{name} is NULL in {count} rows" for name, count in missing.items() if count]
-        actions = set(clean.query("SELECT DISTINCT action FROM events")["action"].to_pylist())
-        faults += [f"action {action!r} is not declared" for action in actions - set(clean.declaration.actions)]
-    return verdict("events schema", faults, "columns, types and actions are as declared")
-
-
-@dg.asset_check(asset="events", name="conservation", blocking=True)
-def events_conservation(platform: Platform) -> dg.AssetCheckResult:
-    """Rows in = rows kept + quarantined + duplicates in every partition, and its files hold exactly those rows."""
-    import pyarrow.parquet as pq
-
-    faults, num_rows = [], 0
-    for folder in sorted((platform.folder() / "events" / platform.dataset_name()).glob("ingest_date=*")):
-        facts = storage.read_manifest(folder).facts
-        quarantined, num_rows = sum(facts["quarantined"].values()), num_rows + facts["rows_in"]
-        accounted = facts["rows_kept"] + facts["duplicates"] + quarantined
-        if accounted != facts["rows_in"]:
-            faults.append(f"{folder.name}: {facts['rows_in']} rows came in, {accounted} are accounted for")
-        for pattern, expected in (("events-*.parquet", facts["rows_kept"]), ("quarantine-*.parquet", quarantined)):
-            stored = sum(pq.read_metadata(file).num_rows for file in folder.glob(pattern))
-            if stored != expected:
-                faults.append(f"{folder.name}: {pattern} hold {stored} rows, the manifest says {expected}")
-    return verdict("events conservation", faults, f"all {num_rows} rows are accounted for")
+    home, ds = platform.folder(), platform.dataset_name()
+    log = read_log(home, ds, load_declaration(home, ds), now_ms=time.time_ns() // 1_000_000)
+    chosen = {key.name for key in context.selected_asset_check_keys}
+    for name in [name for name in CHECKS if name in chosen]:
+        found = report(name, log)
+        yield verdict(
+            f"events {name}",
+            found.faults,
+            found.summary,
+            severity=dg.AssetCheckSeverity.ERROR if found.is_error else dg.AssetCheckSeverity.WARN,
+            metadata={"partitions": dg.MetadataValue.md(table(found.columns, found.rows))},
+        )
 
 
 @dg.asset_check(asset="sequences", name="no_leakage", blocking=True)

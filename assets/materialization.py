@@ -14,6 +14,7 @@ import dagster as dg
 STAGES = logging.getLogger("gr.stages")
 PREVIEW_ROWS = 8
 MAX_PLOT_BYTES = 50_000
+MAX_FAULTS = 5
 
 
 class Stage:
@@ -58,13 +59,30 @@ class Stage:
         return dg.MaterializeResult(metadata=metadata, data_version=dg.DataVersion(digest))
 
 
-def verdict(name: str, faults: Sequence[str], passed: str, **figures: Any) -> dg.AssetCheckResult:
-    """Return a check's result, failed if there are faults, and log a failed one on `gr.stages`."""
+def verdict(
+    name: str,
+    faults: Sequence[str],
+    passed: str,
+    *,
+    severity: dg.AssetCheckSeverity = dg.AssetCheckSeverity.ERROR,
+    metadata: Mapping[str, Any] | None = None,
+) -> dg.AssetCheckResult:
+    """Return the result of a check (name: asset and check), failed if there are faults; a failed one is logged.
+
+    On `gr.stages` a failure is the event `check_failed`, or `check_warned` where the severity is WARN: blocks nothing.
+    """
+    said = "; ".join(faults[:MAX_FAULTS])
     if faults:
-        fields = {"name": name, "event": "check_failed", "reason": "; ".join(faults[:5])}
-        STAGES.error("event=check_failed check=%s reason=%s", name, fields["reason"], extra={"stage": fields})
+        warns = severity is dg.AssetCheckSeverity.WARN
+        fields = {"name": name, "event": "check_warned" if warns else "check_failed", "reason": said}
+        level = logging.WARNING if warns else logging.ERROR
+        STAGES.log(level, "event=%s check=%s reason=%s", fields["event"], name, said, extra={"stage": fields})
     return dg.AssetCheckResult(
-        passed=not faults, description="; ".join(faults[:5]) if faults else passed, metadata=figures
+        passed=not faults,
+        check_name=name.split()[-1],
+        severity=severity,
+        description=said or passed,
+        metadata=metadata,
     )
 
 

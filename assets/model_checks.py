@@ -51,7 +51,10 @@ def _finite_weights(platform: Platform, kind: Kind) -> dg.AssetCheckResult:
     weights = load_file(_run_folder(platform, f"{kind}_model") / "model.safetensors")
     faults = [f"{name} holds NaN or infinity" for name, value in weights.items() if not np.isfinite(value).all()]
     return verdict(
-        f"{kind}_model finite_weights", faults, f"all {len(weights)} tensors are finite", num_tensors=len(weights)
+        f"{kind}_model finite_weights",
+        faults,
+        f"all {len(weights)} tensors are finite",
+        metadata={"num_tensors": len(weights)},
     )
 
 
@@ -95,4 +98,4 @@ def bundle_parity(platform: Platform) -> dg.AssetCheckResult:
             faults.append(
                 f"{kind} differs by {found.max_abs_error:.3g} where scores reach {found.max_abs_reference:.3g}"
             )
-    return verdict("bundle parity", faults, "the bundles' scores equal the models'", **figures)
+    return verdict("bundle parity", faults, "the bundles' scores equal the models'", metadata=figures)

@@ -11,10 +11,11 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.markup import escape
 
 from gr_platform import settings
 from gr_platform.commands import logs, options
+from gr_platform.commands.messages import complain as _complain
+from gr_platform.commands.messages import say as _say
 from gr_platform.errors import sentence_for
 
 app = typer.Typer(
@@ -69,7 +70,8 @@ def demo(
 
 @app.command("import")
 def import_(
-    source: Annotated[Path, typer.Argument(help="The log: a CSV, JSON Lines or Parquet file, or MovieLens ratings.")],
+    source: Annotated[Path, typer.Argument(help="A CSV, JSON Lines or Parquet file, MovieLens ratings, or a folder.")],
+    declaration: options.DeclarationOption = None,
     format: options.Format = "auto",
     dataset: options.NewDataset = None,
     user_column: options.UserColumn = None,
@@ -81,49 +83,44 @@ def import_(
     time_unit: options.TimeUnit = "auto",
     exclude_seen: options.ExcludeSeen = None,
     ingest_date: options.IngestDate = None,
+    dry_run: options.DryRun = False,
 ) -> None:
-    """Import a log into the landing folder; columns that are not named are guessed and shown.
+    """Import a log, or all logs of a folder; what is neither declared nor named is guessed and shown.
 
-    Examples: gr import shop.csv | gr import log.jsonl --user-column customer --time-unit s
+    Examples: gr import shop.csv --dry-run | gr import ratings.dat --declaration ml-1m | gr import day.csv --time-unit s
     """
-    from gr_platform.events.landing import import_file
+    named = {name: value for name, value in locals().items() if name not in ("source", "dry_run")}
+    from gr_platform.commands.importing import Import, report
 
-    landed = import_file(
-        source,
-        home=settings.home(),
-        dataset=dataset,
-        format=format,
-        user_column=user_column,
-        item_column=item_column,
-        action_column=action_column,
-        time_column=time_column,
-        value_column=value_column,
-        event_id_column=event_id_column,
-        time_unit=time_unit,
-        exclude_seen=exclude_seen,
-        ingest_date=ingest_date,
-    )
-    state = "was imported before" if landed.reused else "imported"
-    _say(f"{source.name} {state}: {landed.num_rows:,} rows in data set {landed.dataset}, date {landed.ingest_date}")
-    _say(f"understood as (options and landing/{landed.dataset}/dataset.toml in the state folder override it):")
-    for name, value in landed.guesses.items():
-        _say(f"  {name:<12} {value}")
-    _say("next: gr materialize")
+    for line in report(Import(source=source, home=settings.home(), dry_run=dry_run, named=named)):
+        _say(line)
+
+
+@app.command()
+def fetch(name: options.PublicDataset = None, out: options.FetchFolder = None) -> None:
+    """Download a public data set, or say how to get it by hand; without a name: list them.
+
+    Examples: gr fetch | gr fetch ml-1m
+    """
+    from gr_platform.commands.fetching import report
+
+    for line in report(name, out or settings.home() / "downloads"):
+        _say(line)
 
 
 @app.command()
 def simulate(
-    out: Annotated[Path, typer.Argument(help="Parquet file to write.")],
-    num_events: Annotated[int, typer.Option(help="About how many events.")] = 200_000,
+    out: Annotated[Path, typer.Option(help="A .parquet file, or a folder for parts of ten million rows each.")],
+    events: Annotated[int, typer.Option(help="About how many events.")] = 200_000,
     seed: Annotated[int, typer.Option(help="Same seed, same log.", min=0)] = 7,
 ) -> None:
-    """Write a synthetic log: views, likes and purchases of drifting tastes.
+    """Write a synthetic log of any size: views, likes and purchases of drifting tastes.
 
-    Example: gr simulate log.parquet --num-events 50000
+    Examples: gr simulate --out log.parquet | gr simulate --events 100_000_000 --out log
     """
     from gr_platform.events.simulator import simulate as write
 
-    facts = write(out, num_events=num_events, seed=seed)
+    facts = write(out, num_events=events, seed=seed, progress=True)
     _say(f"{out.name}: {facts['num_rows']:,} rows, {facts['num_users']:,} users, {facts['num_items']:,} items")
     _say(f"next: gr import {out}")
 
@@ -144,6 +141,17 @@ def materialize(
     home, dagster_home = settings.home(), settings.dagster_home()
     pipeline.materialize(home, dagster_home, dataset=dataset or "", recipe=recipe, select=select or (), on_stage=stages)
     _say(f"finished in {stages.seconds:.0f} s")
+
+
+@app.command()
+def card(out: options.CardFile = Path("data_card.html"), dataset: options.Dataset = None) -> None:
+    """Copy the data card, an HTML page with figures and pictures of the events, to a file.
+
+    Examples: gr card | gr card --out shop.html
+    """
+    from gr_platform.events.card_html import copy_card
+
+    _say(f"{out.name}: the data card of {copy_card(settings.home(), dataset, out)}; open it in a browser")
 
 
 @app.command()
@@ -277,21 +285,6 @@ def bench(
         benches.write(rows, json)
     if any(row["ok"] is False for row in rows):
         raise typer.Exit(1)
-
-
-def _complain(what: str, sentence: str) -> None:
-    shown = sentence.replace("$GR_HOME", _home_shown()) if "$GR_HOME/" in sentence else sentence
-    Console(stderr=True).print(f"[red]{what}:[/] {escape(shown)}", highlight=False, soft_wrap=True)
-
-
-def _home_shown() -> str:
-    """Return the state folder as the person at this terminal can paste it."""
-    home = settings.home()
-    return str(home.relative_to(Path.cwd())) if home.is_relative_to(Path.cwd()) else str(home)
-
-
-def _say(text: str) -> None:
-    Console().print(text, markup=False, highlight=False, soft_wrap=True)
 
 
 if __name__ == "__main__":

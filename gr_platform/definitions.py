@@ -7,7 +7,17 @@ import logging
 
 import dagster as dg
 
-from assets import data_checks, deployment, evaluation, events, model_checks, registration, sequences, training
+from assets import (
+    data_card,
+    data_checks,
+    deployment,
+    evaluation,
+    events,
+    model_checks,
+    registration,
+    sequences,
+    training,
+)
 from assets.resources import Platform
 
 FULL_PIPELINE = "full_pipeline"
@@ -37,7 +47,7 @@ def file_logger(context: dg.InitLoggerContext) -> logging.Logger:
 
 
 defs = dg.Definitions(
-    assets=dg.load_assets_from_modules([events, sequences, training, evaluation, registration, deployment]),
+    assets=dg.load_assets_from_modules([events, data_card, sequences, training, evaluation, registration, deployment]),
     asset_checks=dg.load_asset_checks_from_modules([data_checks, model_checks]),
     jobs=[full_pipeline],
     resources={"platform": Platform()},

@@ -14,7 +14,9 @@ pytestmark = [
     pytest.mark.e2e,
     pytest.mark.skipif(not shutil.which("chromium"), reason="Chromium is not installed (apt-get install chromium)"),
 ]
-ASSETS = "events item_vocabulary sequences retrieval_model ranking_model evaluation registration bundle deployment"
+ASSETS = (
+    "events item_vocabulary data_card sequences retrieval_model ranking_model evaluation registration bundle deployment"
+)
 TIMEOUT_MS = 120_000
 
 
@@ -55,7 +57,7 @@ def test_dagster_shows_the_materialised_graph(running: dict[str, services.Runnin
             page.get_by_text(name, exact=True).first.wait_for(timeout=TIMEOUT_MS)
         page.goto(f"{address}/assets")
         page.get_by_text("sequences", exact=True).first.wait_for(timeout=TIMEOUT_MS)
-        page.get_by_text("Materialized", exact=True).nth(8).wait_for(timeout=TIMEOUT_MS)
+        page.get_by_text("Materialized", exact=True).nth(9).wait_for(timeout=TIMEOUT_MS)
         assert "Failed" not in page.inner_text("body")
 
 

@@ -34,6 +34,8 @@ class StageLines:
                 self._console.print(f"  [dim]{fields['name']} ...[/]", end="\r")
         elif fields["event"] == "finished":
             self.line(fields["name"], fields["seconds"], fields["figures"], reused=fields["reused"])
+        elif fields["event"] == "check_warned":
+            self._console.print(f"  [yellow]! {fields['name']}: {escape(fields['reason'])}[/]", soft_wrap=True)
         else:
             self._console.print(f"  [red]x[/] {fields['name']}: {escape(fields['reason'])}")
 

@@ -4,6 +4,7 @@ Invariant: only typer is imported, since every command begins here.
 """
 
 from importlib.metadata import version
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -11,6 +12,7 @@ import typer
 MAX_PORT = 65535
 ACTIVE = "Data set; default: GR_DATASET, else the one imported last."
 GIVEN = "Data set to add to; default: the name the file gives itself, else the file's."
+DECLARATION = "Declaration of the data set: ml-1m, ml-20m, retailrocket, amazon-sports, amazon-books, or a TOML file."
 EVENT_ID = "Column that identifies an event: rows with equal ids count once; none: no such."
 SEEN = "all: never recommend what the user has seen; none: items may repeat."
 ITEMS = "Item ids, separated by commas (one with a comma in double quotes)."
@@ -37,7 +39,12 @@ ValueColumn = Annotated[str | None, typer.Option(help="Column of a rating or ano
 EventIdColumn = Annotated[str | None, typer.Option(help=EVENT_ID)]
 TimeUnit = Annotated[str, typer.Option(help="auto, s, ms, us, ns or iso.")]
 ExcludeSeen = Annotated[str | None, typer.Option(help=SEEN)]
+DeclarationOption = Annotated[str | None, typer.Option("--declaration", help=DECLARATION)]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Show what would be read and quarantined; write nothing.")]
 IngestDate = Annotated[str | None, typer.Option(help="Partition YYYY-MM-DD; default: today.")]
+PublicDataset = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Public data set; default: list them.")]
+FetchFolder = Annotated[Path | None, typer.Option(help="Folder of downloads; default: downloads/ in the state folder.")]
+CardFile = Annotated[Path, typer.Option(help="HTML file to write.")]
 User = Annotated[str, typer.Option(help="A user of the served data set.")]
 Items = Annotated[str, typer.Option(help=ITEMS)]
 RequestTime = Annotated[int | None, typer.Option(help="Time of the request, ms UTC; default: that of the last event.")]

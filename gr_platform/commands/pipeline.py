@@ -109,7 +109,7 @@ def _listening(on_stage: StageListener | None) -> Iterator[dict[str, dict[str, A
 
 
 class _Listener(logging.Handler):
-    """Collects the stage records that assets and checks log."""
+    """Collects the stage records that assets and checks log; a `check_warned` is shown and is no failure."""
 
     def __init__(self, on_stage: StageListener | None) -> None:
         super().__init__()

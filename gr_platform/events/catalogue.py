@@ -17,9 +17,9 @@ _ID_NAMES = ("item_id", "movieid", "movie_id", "itemid", "item", "id")
 _TITLE_NAMES = ("title", "name")
 
 
-def find_catalogue(source: Path, format: str) -> Path | None:
-    """Return the catalogue beside a log, if any: `<stem>.catalogue.parquet|csv`, for MovieLens movies.dat|csv too."""
-    names = [f"{source.stem}.catalogue.parquet", f"{source.stem}.catalogue.csv"]
+def find_catalogue(source: Path, format: str, declared: tuple[str, ...] = ()) -> Path | None:
+    """Return the catalogue beside a log, if any: a declared one, `<stem>.catalogue.parquet|csv`, MovieLens' movies."""
+    names = [*declared, f"{source.stem}.catalogue.parquet", f"{source.stem}.catalogue.csv"]
     names += ["movies.dat", "movies.csv"] if format == "movielens" else []
     return next((source.parent / name for name in names if (source.parent / name).is_file()), None)
 

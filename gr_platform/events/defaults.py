@@ -23,7 +23,7 @@ def declare(
     hints: dict[str, Any],
     exclude_seen: str | None,
 ) -> Declaration:
-    """Return the data set's declaration with this file's actions appended, or a new one with default tasks.
+    """Return the data set's declaration, this file's actions appended unless it is strict, or a new one with defaults.
 
     hints: what the file says about itself (the simulator's do). Raises UserError for too many actions.
     """
@@ -31,7 +31,7 @@ def declare(
     movielens = source.format == "movielens" and found.ratings
     present = _rating_scale(found.actions) if movielens else _ordered(found, hints)
     if declared is not None:
-        fresh = [action for action in present if action not in declared.actions]
+        fresh = [] if declared.strict else [action for action in present if action not in declared.actions]
         if len(declared.actions) + len(fresh) > MAX_ACTIONS:
             raise UserError(
                 f"{source.path.name} would bring data set {name} to {len(declared.actions) + len(fresh)} actions, "
@@ -47,7 +47,7 @@ def declare(
         exclude_seen=excluded or hints.get("exclude_seen") or ("all" if source.format == "movielens" else "none"),
         user_id_type=found.user_id_type,
         item_id_type=found.item_id_type,
-        columns=mapping | ({"action": mapping["value"]} if found.ratings else {}),
+        columns={**mapping, **({"action": mapping["value"]} if found.ratings else {})},
         time_unit=found.time_unit,
     )
 

@@ -7,6 +7,7 @@ import re
 from pathlib import Path
 
 from gr_platform.errors import UserError
+from gr_platform.events.declaration import Declaration
 
 _NAMES = {
     "user_id": """
@@ -40,12 +41,12 @@ REQUIRED = ("user_id", "item_id", "event_ts")
 
 
 def map_columns(
-    path: Path, columns: list[str], named: dict[str, str | None], known: dict[str, str] | None = None
+    path: Path, columns: list[str], named: dict[str, str | None], known: Declaration | None = None
 ) -> dict[str, str]:
-    """Return canonical name -> source column: as `named`, else as the data set `known` has it, else by common names.
+    """Return canonical name -> source column: as `named`, else as `known` declares it, else by common names.
 
-    An event id named `none` is left out: it is the one optional column whose guess can lose rows.
-    Raises UserError if a named column is missing or a required one cannot be guessed.
+    A strict declaration leaves nothing to guess. An event id named `none` is left out: it is the one optional column
+    whose guess can lose rows. Raises UserError if a named column is missing or a required one is not found.
     """
     mapping: dict[str, str] = {}
     without = {"event_id"} if named.get("event_id") == NO_COLUMN and NO_COLUMN not in columns else set()
@@ -55,8 +56,9 @@ def map_columns(
     for canonical, names in _NAMES.items():
         if canonical in mapping or canonical in without:
             continue
-        if known and known.get(canonical) in columns:
-            mapping[canonical] = known[canonical]
+        declared = [name for name in known.alternatives(canonical) if name in columns] if known else []
+        if declared or (known and known.strict):
+            mapping.update(zip([canonical], declared, strict=False))
             continue
         taken = set(mapping.values())
         simple = {re.sub(r"[^a-z0-9]", "", column.lower()): column for column in columns if column not in taken}
@@ -64,6 +66,12 @@ def map_columns(
         if found is not None:
             mapping[canonical] = found
     for canonical in REQUIRED:
+        if canonical not in mapping and known and known.strict:
+            raise UserError(
+                f"{path.name} has none of the columns that {known.name} declares for {canonical} "
+                f"({', '.join(known.alternatives(canonical)) or 'none'}); it has {_listed(columns)}: mend the "
+                f"declaration or name the column with {_FLAGS[canonical]}"
+            )
         if canonical not in mapping:
             raise UserError(
                 f"{path.name} has no column that looks like {canonical}; it has {_listed(columns)}: "
@@ -102,6 +110,8 @@ def _listed(columns: list[str]) -> str:
 
 def default_name(path: Path, format: str) -> str:
     """Return the data set name for a file: its stem, or for MovieLens the folder's name where that tells more."""
+    if path.is_dir():
+        return default_name(path.absolute() / f"{path.absolute().name.replace('.', '-')}.x", "folder")
     stem = re.sub(r"(\.[a-z0-9]{1,8})+$", "", path.name.lower())
     if format == "movielens" and stem == "ratings":
         parent = path.absolute().parent.name.lower()

@@ -24,8 +24,7 @@ from gr_platform.errors import UserError
 from gr_platform.events.database import connect, literal
 from gr_platform.events.declaration import Declaration
 from gr_platform.events.landing import LandedFile, landed_files, load_declaration
-from gr_platform.events.quality import broken_rule, describe
-from gr_platform.events.times import to_ms
+from gr_platform.events.quality import describe, judged_query
 
 log = logging.getLogger(__name__)
 EVENTS = "events-0.parquet"
@@ -195,10 +194,12 @@ def _swap(building: Path, folder: Path) -> None:
 
 def _build(home: Path, folder: Path, files: list[LandedFile], declaration: Declaration) -> dict[str, Any]:
     """Write a partition's events and quarantine into `folder`; return its facts."""
+    for file in files:
+        if not file.path.is_file() or storage.file_sha256(file.path) != file.entry.landed_sha256:
+            raise UserError(f"the landed copy of {file.entry.source_name} is missing or damaged; import the file again")
     with connect(home) as connection:
-        prepared = " UNION ALL ".join(_prepared(connection, file, declaration) for file in files)
-        rule = broken_rule(list(declaration.actions))
-        connection.execute(f"CREATE VIEW judged AS SELECT *, {rule} AS rule FROM ({prepared})")
+        prepared = " UNION ALL ".join(judged_query(file) for file in files)
+        connection.execute(f"CREATE VIEW judged AS {prepared}")
         verdicts: dict[str | None, int] = dict(
             connection.sql("SELECT rule, count(*) FROM judged GROUP BY rule ORDER BY rule").fetchall()
         )
@@ -224,22 +225,6 @@ def _build(home: Path, folder: Path, files: list[LandedFile], declaration: Decla
     return facts
 
 
-def _prepared(connection: duckdb.DuckDBPyConnection, file: LandedFile, declaration: Declaration) -> str:
-    """Return SQL for a landed file's rows in their final types, with the raw time and value beside them."""
-    if not file.path.is_file() or storage.file_sha256(file.path) != file.entry.landed_sha256:
-        raise UserError(f"the landed copy of {file.entry.source_name} is missing or damaged; import the file again")
-    landed = f"read_parquet({literal(str(file.path))})"
-    types = {row[0]: row[1] for row in connection.sql(f"DESCRIBE SELECT * FROM {landed}").fetchall()}
-    event_ts = to_ms("event_ts", types["event_ts"], file.entry.time_unit, declaration.time_zone)
-    return (
-        f"SELECT user_id, item_id, action, TRY_CAST(value AS DOUBLE) AS value, {event_ts} AS event_ts, "
-        f"event_id, {file.entry.sequence}::INTEGER AS source_file, source_row, "
-        f"{literal(file.entry.source_name)} AS source_name, "
-        f"event_ts::VARCHAR AS raw_time, value::VARCHAR AS raw_value, "
-        f"{file.entry.landed_at_ms}::BIGINT AS landed_at_ms FROM {landed}"
-    )
-
-
 def _write(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
     """Write the valid events, each once, sorted by (user, event_ts, source order), and quarantined rows as found."""
     has_ids = connection.sql("SELECT count(event_id) > 0 FROM judged").fetchall()[0][0]
@@ -260,7 +245,7 @@ def _write(connection: duckdb.DuckDBPyConnection, folder: Path) -> None:
         f"ORDER BY user_id, event_ts, source_file, source_row) TO {literal(str(folder / EVENTS))} {_COPY}"
     )
     connection.execute(
-        "COPY (SELECT rule, source_name AS source_file, source_row, user_id::VARCHAR AS user_id, item_id::VARCHAR AS "
+        "COPY (SELECT rule, source_name AS source_file, source_row, raw_user AS user_id, raw_item AS "
         "item_id, action, raw_value AS value, raw_time AS event_ts FROM judged WHERE rule IS NOT NULL "
         f"ORDER BY judged.source_file, source_row) TO {literal(str(folder / QUARANTINE))} {_COPY}"
     )

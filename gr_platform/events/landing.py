@@ -1,35 +1,33 @@
-"""Importing a log: its rows are copied untouched into the landing folder and written into the ledger.
+"""Importing a log: its bytes are copied into the landing folder, and what they mean is written into the ledger.
 
 Invariant: nothing is dropped here, so every later verdict can name a source row; a refused import leaves the landing
-folder as it was.
+folder as it was, and one that is killed can simply be done again.
 """
-# ruff: noqa: S608 - identifiers and strings are quoted by `quoted` and `literal`
 
-import datetime
-import json
 import logging
+import shutil
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import duckdb
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from gr_platform import storage
-from gr_platform.errors import UserError, machine_fault
-from gr_platform.events import catalogue
-from gr_platform.events.columns import landed_columns, row_column
-from gr_platform.events.database import connect, literal, quoted
-from gr_platform.events.declaration import Declaration, check_name
+from gr_platform.errors import machine_fault
+from gr_platform.events import catalogue, shipped
+from gr_platform.events.arrival import Arrival, as_parquet, receive
+from gr_platform.events.columns import parquet
+from gr_platform.events.database import connect
+from gr_platform.events.declaration import Declaration
 from gr_platform.events.defaults import declare
-from gr_platform.events.guessing import NO_COLUMN, default_name, map_columns
+from gr_platform.events.guessing import default_name, map_columns
 from gr_platform.events.ledger import (
     Entry,
     LandedFile,
     active_dataset,
+    is_intact,
     landed_file,
     landed_files,
     ledger_entries,
@@ -37,136 +35,148 @@ from gr_platform.events.ledger import (
     publish,
     titles,
 )
-from gr_platform.events.profile import MIN_USERS, Profile, profile
-from gr_platform.events.readers import Source, open_source, unreadable
-from gr_platform.events.simulator import METADATA_KEY
+from gr_platform.events.preview import Preview, preview
+from gr_platform.events.profile import Log, Profile, profile
+from gr_platform.events.readers import log_files, open_source, unreadable
+from gr_platform.events.request import Job, Wanted, open_job, own_hints
 
 __all__ = ["LandedFile", "active_dataset", "import_file", "landed_files", "load_declaration", "titles"]
 
 log = logging.getLogger(__name__)
 # Imports are short: one that finds another at work waits for it.
 IMPORT_WAIT_S = 600.0
+_STAGING = ".landing-"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Request:
-    """What the user named: canonical name -> column (None = guess), and the rest of the import's options."""
+def import_file(source: Path | str, *, home: Path, **named: Any) -> LandedFile:
+    """Return the landed copy of a log, made the active data set; `named` are the fields of `Wanted`.
 
-    columns: dict[str, str | None]
-    time_unit: str
-    ingest_date: str | None
-    exclude_seen: str | None
-
-    def agrees_with(self, entry: Entry, declaration: Declaration) -> bool:
-        """Return whether everything named is what the ledger already has."""
-        columns = all(
-            wanted is None or entry.columns.get(name, NO_COLUMN) == wanted for name, wanted in self.columns.items()
-        )
-        return (
-            columns
-            and self.time_unit in ("auto", entry.time_unit)
-            and self.ingest_date in (None, entry.ingest_date)
-            and self.exclude_seen in (None, declaration.exclude_seen)
-        )
-
-
-def import_file(
-    source: Path | str,
-    *,
-    home: Path,
-    dataset: str | None = None,
-    format: str = "auto",
-    user_column: str | None = None,
-    item_column: str | None = None,
-    action_column: str | None = None,
-    time_column: str | None = None,
-    value_column: str | None = None,
-    event_id_column: str | None = None,
-    time_unit: str = "auto",
-    ingest_date: str | None = None,
-    exclude_seen: str | None = None,
-) -> LandedFile:
-    """Return the landed copy of a log, made the active data set; what is not named is guessed.
-
-    Naming one column as action and value makes ratings actions: `rate_<value>`. ingest_date: YYYY-MM-DD, default today
-    (UTC). event_id_column "none": there is none. A file imported again with another meaning replaces its landed copy.
+    A file imported again, under any name, lands once; with another meaning it replaces what it was.
     Raises UserError for anything the user can mend; the landing folder is unchanged then.
     """
-    columns = {
-        "user_id": user_column,
-        "item_id": item_column,
-        "action": action_column,
-        "value": value_column,
-        "event_ts": time_column,
-        "event_id": event_id_column,
-    }
-    request = _Request(
-        columns=columns, time_unit=time_unit, ingest_date=_checked_date(ingest_date), exclude_seen=exclude_seen
-    )
+    wanted = Wanted(**named)
     with storage.exclusive(home, "landing", wait_s=IMPORT_WAIT_S), connect(home) as connection:
-        opened = open_source(connection, Path(source), format)
-        hints = _hints(opened)
-        name = check_name(dataset or hints.get("name") or default_name(opened.path, opened.format))
-        folder, sha256 = home / "landing" / name, storage.file_sha256(opened.path)
-        same = next((entry for entry in ledger_entries(folder) if entry.sha256 == sha256), None)
-        if same and _intact(folder, same) and request.agrees_with(same, load_declaration(home, name)):
-            storage.write_text(home / "landing" / "active", name + "\n")
-            return landed_file(folder, same, load_declaration(home, name), reused=True)
-        return _land(connection, home, name, opened, sha256, request, hints)
+        job = open_job(connection, home, Path(source), wanted)
+        for leftover in home.glob(f"{_STAGING}*"):  # of an import that was killed: nobody else may be at work here
+            shutil.rmtree(leftover)
+        with tempfile.TemporaryDirectory(dir=home, prefix=_STAGING) as staging:
+            arrival = receive(job.source, Path(staging))
+            if same := _landed_before(job, arrival):
+                storage.write_text(home / "landing" / "active", job.name + "\n")
+                return same
+            landed, texts = _understand(connection, job, arrival, Path(staging))
+            publish(home, job.folder, landed.path, landed.entry, landed.declaration, texts)
+        log.info("landed dataset=%s file=%s rows=%d", job.name, job.source.path.name, landed.num_rows)
+        return landed_file(job.folder, landed.entry, landed.declaration, reused=False)
 
 
-def _land(
-    connection: duckdb.DuckDBPyConnection,
-    home: Path,
-    name: str,
-    source: Source,
-    sha256: str,
-    request: _Request,
-    hints: dict[str, Any],
-) -> LandedFile:
-    folder, now_ms = home / "landing" / name, int(time.time() * 1000)
-    entries = ledger_entries(folder)
-    before = next((entry for entry in entries if entry.sha256 == sha256), None)
+def import_folder(folder: Path, *, home: Path, **named: Any) -> list[LandedFile]:
+    """Return the landed copies of all logs in a folder, in the order of their names, as files of one data set.
+
+    Raises UserError as `import_file` does; the files before the refused one have landed then.
+    """
+    named |= {"dataset": folder_dataset(folder, home=home, **named)}
+    return [import_file(path, home=home, **named) for path in log_files(folder)]
+
+
+def folder_dataset(folder: Path, *, home: Path, **named: Any) -> str:
+    """Return the data set of a folder of logs: as named or declared, as its first log calls itself, else as itself."""
+    wanted = Wanted(**named)
+    if wanted.dataset:
+        return wanted.dataset
+    if wanted.declaration:
+        return shipped.read(wanted.declaration).name
+    with connect(home) as connection:
+        own = own_hints(open_source(connection, log_files(folder)[0], wanted.format))
+    return own.get("name") or default_name(folder, "folder")
+
+
+def preview_file(source: Path | str, *, home: Path, **named: Any) -> Preview:
+    """Return what `import_file` would do; nothing is written. Raises UserError as it does."""
+    with connect(home) as connection:
+        job = open_job(connection, home, Path(source), Wanted(**named))
+        with tempfile.TemporaryDirectory(dir=home, prefix=".spill-") as staging:
+            arrival = receive(job.source, None)
+            return preview(connection, _understand(connection, job, arrival, Path(staging))[0])
+
+
+def _landed_before(job: Job, arrival: Arrival) -> LandedFile | None:
+    entry = next((each for each in ledger_entries(job.folder) if each.sha256 == arrival.sha256), None)
+    if entry is None:
+        return None
+    landed = landed_file(job.folder, entry, load_declaration(job.home, job.name), reused=True)
+    return landed if is_intact(landed) and job.wanted.agrees_with(entry, landed.declaration, job.given) else None
+
+
+def _understand(
+    connection: duckdb.DuckDBPyConnection, job: Job, arrival: Arrival, staging: Path
+) -> tuple[LandedFile, dict[str, str]]:
+    """Return a staged log with what its columns mean and its data set's declaration, and its catalogue's titles."""
+    now_ms, source, wanted = int(time.time() * 1000), job.source, job.wanted
+    entries = ledger_entries(job.folder)
+    before = next((entry for entry in entries if entry.sha256 == arrival.sha256), None)
     # A data set whose only file is being replaced starts afresh: its declaration came from that file.
-    declared = load_declaration(home, name) if any(entry.sha256 != sha256 for entry in entries) else None
-    mapping = map_columns(source.path, list(source.columns), request.columns, declared.columns if declared else None)
-    beside = catalogue.find_catalogue(source.path, source.format)
-    texts = catalogue.read_titles(beside) if beside else {}
-    with tempfile.TemporaryDirectory(dir=home, prefix=".landing-") as staging:
-        built, found = _build(connection, source, mapping, declared, Path(staging), request.time_unit, now_ms)
-        declaration = declare(name, source, mapping, found, declared, hints, request.exclude_seen)
-        today = before.ingest_date if before else time.strftime("%Y-%m-%d", time.gmtime())
-        entry = Entry(
-            source_name=source.path.name,
-            sha256=sha256,
-            landed_sha256=storage.file_sha256(built),
-            num_rows=found.num_rows,
-            ingest_date=request.ingest_date or today,
-            # One past the last, not the number of entries: a damaged one may have been deleted from the middle.
-            sequence=before.sequence if before else max((entry.sequence for entry in entries), default=-1) + 1,
-            landed_at_ms=now_ms,
-            format=source.format,
-            columns=mapping,
-            time_unit=found.time_unit,
-            actions=sorted(found.actions),
-            guesses=_guesses(source, mapping, request, found, declaration, beside),
-        )
-        publish(home, folder, built, entry, declaration, texts)
-    log.info("landed dataset=%s file=%s rows=%d", name, source.path.name, entry.num_rows)
-    return landed_file(folder, entry, declaration, reused=False)
+    is_new = all(entry.sha256 == arrival.sha256 for entry in entries)
+    declared = job.given if is_new else load_declaration(job.home, job.name)
+    if job.given and declared:
+        declared = shipped.agreed(job.given, declared)
+    mapping = map_columns(source.path, list(source.columns), wanted.columns, declared)
+    beside = catalogue.find_catalogue(source.path, source.format, declared.catalogue if declared else ())
+    context = [name for name in source.columns if declared and name.lower() in declared.context]
+    used = dict.fromkeys([*mapping.values(), *context])
+    built = as_parquet(connection, arrival, staging, used)
+    staged = Log(path=source.path, relation=parquet(built), types=source.columns, mapping=mapping, context=context)
+    found = _profile(connection, staged, built, declared, is_new=is_new, wanted_unit=wanted.time_unit, now_ms=now_ms)
+    declaration = declare(job.name, source, mapping, found, declared, job.hints, wanted.exclude_seen)
+    entry = Entry(
+        source_name=source.path.name,
+        sha256=arrival.sha256,
+        landed_sha256=storage.file_sha256(built) if source.is_text else arrival.sha256,
+        num_bytes=arrival.before.st_size,
+        num_rows=found.num_rows,
+        ingest_date=wanted.ingest_date or (before.ingest_date if before else _today()),
+        # One past the last, not the number of entries: a damaged one may have been deleted from the middle.
+        sequence=before.sequence if before else max((entry.sequence for entry in entries), default=-1) + 1,
+        landed_at_ms=now_ms,
+        format=source.format,
+        columns=mapping,
+        types={name: kind for name, kind in source.columns.items() if name in used or not source.is_text},
+        ratings=found.ratings,
+        time_unit=found.time_unit,
+        actions=sorted(found.actions),
+        guesses=_guesses(job, mapping, found, declaration, beside),
+    )
+    landed = replace(landed_file(job.folder, entry, declaration, reused=False), path=built)
+    return landed, catalogue.read_titles(beside) if beside else {}
+
+
+def _profile(
+    connection: duckdb.DuckDBPyConnection,
+    staged: Log,
+    built: Path,
+    declared: Declaration | None,
+    *,
+    is_new: bool,
+    wanted_unit: str,
+    now_ms: int,
+) -> Profile:
+    unit = declared.time_unit if declared and declared.strict and wanted_unit == "auto" else wanted_unit
+    try:
+        return profile(connection, staged, declared, is_new=is_new, time_unit=unit, now_ms=now_ms)
+    except (duckdb.OutOfMemoryException, duckdb.ParserException, duckdb.BinderException):
+        raise
+    except duckdb.Error as error:
+        if machine_fault(error):  # spilling failed, not reading
+            raise
+        raise unreadable(staged.path, error, copy=built) from None
 
 
 def _guesses(
-    source: Source,
-    mapping: dict[str, str],
-    request: _Request,
-    found: Profile,
-    declaration: Declaration,
-    beside: Path | None,
+    job: Job, mapping: dict[str, str], found: Profile, declaration: Declaration, beside: Path | None
 ) -> dict[str, str]:
     """Return what was decided for the user, in words the command line shows."""
-    guesses = {"dataset": declaration.name, "format": source.format}
-    guesses |= {name: column for name, column in mapping.items() if request.columns.get(name) is None}
+    guesses = {"dataset": declaration.name, "format": job.source.format}
+    guesses |= {name: column for name, column in mapping.items() if job.wanted.columns.get(name) is None}
     if found.ratings:
         guesses["action"] = f"rate_<{mapping['value']}>"
     guesses |= {"time_unit": found.time_unit, "actions": ", ".join(declaration.actions)}
@@ -175,79 +185,5 @@ def _guesses(
     return guesses | ({"catalogue": beside.name} if beside else {})
 
 
-def _build(
-    connection: duckdb.DuckDBPyConnection,
-    source: Source,
-    mapping: dict[str, str],
-    declared: Declaration | None,
-    staging: Path,
-    time_unit: str,
-    now_ms: int,
-) -> tuple[Path, Profile]:
-    """Write the landed Parquet into `staging`; return it and the log's profile."""
-    wanted = ", ".join(quoted(column) for column in dict.fromkeys(mapping.values()))
-    rows = f"SELECT {wanted}, row_number() OVER () AS {quoted(row_column(source))} FROM {source.relation}"
-    relation = f"({rows})"
-    try:
-        if source.is_text:  # parsed once: the profile and the copy read the parsed text
-            connection.execute(f"COPY ({rows}) TO {literal(str(staging / 'text.parquet'))} (FORMAT parquet)")
-            relation = f"read_parquet({literal(str(staging / 'text.parquet'))})"
-        found = profile(
-            connection,
-            source.path,
-            relation,
-            source.columns,
-            mapping,
-            time_unit=time_unit,
-            now_ms=now_ms,
-            min_users=0 if declared else MIN_USERS,
-        )
-        selected = ", ".join(
-            f"{value} AS {name}" for name, value in landed_columns(source, mapping, declared, found).items()
-        )
-        built = staging / "landed.parquet"
-        connection.execute(
-            f"COPY (SELECT {selected} FROM {relation}) TO {literal(str(built))} (FORMAT parquet, COMPRESSION zstd)"
-        )
-    except (duckdb.OutOfMemoryException, duckdb.ParserException, duckdb.BinderException):
-        raise
-    except duckdb.Error as error:
-        if machine_fault(error):  # writing failed, not reading
-            raise
-        raise unreadable(source.path, error) from None
-    return built, found
-
-
-def _intact(folder: Path, entry: Entry) -> bool:
-    path = folder / f"{entry.sha256[:16]}.parquet"
-    return path.is_file() and storage.file_sha256(path) == entry.landed_sha256
-
-
-def _hints(source: Source) -> dict[str, Any]:
-    """Return what the file says about its own declaration (the simulator writes name, actions, exclude_seen)."""
-    if source.path.suffix != ".parquet":
-        return {}
-    try:
-        metadata = pq.read_schema(source.path).metadata or {}
-    except (OSError, pa.ArrowInvalid) as error:
-        raise unreadable(source.path, error) from None
-    text = metadata.get(METADATA_KEY, b"{}")
-    try:
-        hints = json.loads(text)
-        valid = isinstance(hints, dict) and all(isinstance(name, str) for name in hints.get("actions", []))
-    except (ValueError, TypeError):
-        valid = False
-    if not valid:
-        raise UserError(
-            f"the metadata {METADATA_KEY.decode()} of {source.path.name} is no declaration; write the file without it"
-        )
-    return hints
-
-
-def _checked_date(text: str | None) -> str | None:
-    if text is None:
-        return None
-    try:
-        return datetime.date.fromisoformat(text).isoformat()
-    except ValueError:
-        raise UserError(f"ingest date {text!r} is not a date; write YYYY-MM-DD") from None
+def _today() -> str:
+    return time.strftime("%Y-%m-%d", time.gmtime())

@@ -1,11 +1,13 @@
 """The ledger of landed files: what was imported into which data set, when, and how its columns are to be read.
 
-Invariant: an entry (`<sha16>.json`) is written after the file it describes, so what is listed is complete.
+Invariant: an entry (`<first 16 digits of the source's sha256>.json`) is written after the file it describes, which
+is named by its own content and never changes, so what is listed is complete whenever a process dies.
 """
 
 import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Literal
 
 from gr_platform import storage
 from gr_platform.errors import UserError
@@ -13,30 +15,40 @@ from gr_platform.events import catalogue
 from gr_platform.events.declaration import Declaration, check_name
 
 DECLARATION = "dataset.toml"
+LEDGER_VERSION = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Entry:
-    """One line of the ledger. sequence counts a data set's files from 0 in the order they were first landed."""
+    """One line of the ledger. sequence counts a data set's files from 0 in the order they were first landed.
+
+    sha256, num_bytes: of the file as it came; landed_sha256: of its landed copy, the same for Parquet. columns:
+    canonical name -> column; types: every column of the landed copy -> DuckDB type. ratings: the action is
+    `rate_<value>`.
+    """
 
     source_name: str
     sha256: str
     landed_sha256: str
+    num_bytes: int
     num_rows: int
     ingest_date: str
     sequence: int
     landed_at_ms: int
     format: str
     columns: dict[str, str]
+    types: dict[str, str]
+    ratings: bool
     time_unit: str
     actions: list[str]
     guesses: dict[str, str]
-    schema_version: int = storage.SCHEMA_VERSION
+    state: Literal["landed"] = "landed"
+    schema_version: int = LEDGER_VERSION
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LandedFile:
-    """A landed log. path: its Parquet (user_id, item_id, action, value, event_ts as found, event_id, source_row).
+    """A landed log. path: its Parquet, with the log's own columns (`columns.landed_query` gives them their meaning).
 
     reused: the same file with the same meaning was there already. guesses: canonical name -> what was taken for it.
     """
@@ -101,12 +113,21 @@ def publish(
 ) -> None:
     """Move a landed file into place; its ledger entry comes after everything it needs."""
     folder.mkdir(parents=True, exist_ok=True)
-    built.replace(folder / f"{entry.sha256[:16]}.parquet")
+    built.replace(folder / _landed_name(entry))
     if texts:
         catalogue.write_titles(folder, texts)
     storage.write_text(folder / DECLARATION, declaration.to_toml())
     storage.write_text(folder / f"{entry.sha256[:16]}.json", json.dumps(asdict(entry), indent=1, sort_keys=True) + "\n")
     storage.write_text(home / "landing" / "active", declaration.name + "\n")
+    named = {_landed_name(each) for each in ledger_entries(folder)}
+    for path in folder.glob("*.parquet"):
+        if path.name not in named and path.name != catalogue.FILE:
+            path.unlink()
+
+
+def is_intact(file: LandedFile) -> bool:
+    """Return whether the landed copy is there, byte for byte."""
+    return file.path.is_file() and storage.file_sha256(file.path) == file.entry.landed_sha256
 
 
 def ledger_entries(folder: Path) -> list[Entry]:
@@ -120,10 +141,10 @@ def ledger_entries(folder: Path) -> list[Entry]:
             fields = storage.read_object(path)
         except ValueError:
             raise damaged from None
-        if fields.get("schema_version") != storage.SCHEMA_VERSION:
+        if "schema_version" in fields and fields["schema_version"] != LEDGER_VERSION:
             raise UserError(
                 f"data set {folder.name} was landed by another release (schema version {fields.get('schema_version')}, "
-                f"this one reads {storage.SCHEMA_VERSION}); import its files again under another --dataset"
+                f"this one reads {LEDGER_VERSION}); import its files again under another --dataset"
             )
         try:
             entries.append(Entry(**fields))
@@ -136,7 +157,7 @@ def landed_file(folder: Path, entry: Entry, declaration: Declaration, *, reused:
     """Return the landed file that a ledger entry describes."""
     return LandedFile(
         dataset=folder.name,
-        path=folder / f"{entry.sha256[:16]}.parquet",
+        path=folder / _landed_name(entry),
         sha256=entry.sha256,
         num_rows=entry.num_rows,
         ingest_date=entry.ingest_date,
@@ -145,3 +166,7 @@ def landed_file(folder: Path, entry: Entry, declaration: Declaration, *, reused:
         guesses=entry.guesses,
         entry=entry,
     )
+
+
+def _landed_name(entry: Entry) -> str:
+    return f"{entry.landed_sha256[:16]}.parquet"

@@ -6,15 +6,16 @@ passes through a float and a bad cell survives until ingest can quarantine it.
 
 import codecs
 import csv
-import gzip
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import duckdb
+import pyarrow as pa
 
 from gr_platform.errors import UserError
+from gr_platform.events.columns import check_row_number, parquet
 from gr_platform.events.database import literal
 
 FORMATS = ("auto", "csv", "jsonl", "parquet", "movielens")
@@ -25,7 +26,11 @@ _SUFFIXES = {
     "movielens": (".dat",),
 }
 _DAT_COLUMNS = ("user_id", "movie_id", "rating", "timestamp")
-_MAX_HEADER_CHARS = 100_000
+# How files are called while something still writes them.
+_UNFINISHED = (".part", ".partial", ".tmp", ".crdownload", ".download")
+_COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+_MAX_HEADER_BYTES = 1 << 20
+_CHUNK = 1 << 20
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -42,8 +47,13 @@ class Source:
     is_text: bool
 
 
-def open_source(connection: duckdb.DuckDBPyConnection, path: Path, format: str = "auto") -> Source:
-    """Return the log at `path`. Raises UserError: no such file, a folder, empty, unknown format, unreadable."""
+def open_source(
+    connection: duckdb.DuckDBPyConnection, path: Path, format: str = "auto", header: tuple[str, ...] = ()
+) -> Source:
+    """Return the log at `path`; header: the columns of a CSV file that has no header line.
+
+    Raises UserError: no such file, a folder, empty, half-written, unknown format, unreadable.
+    """
     if format not in FORMATS:
         raise UserError(f"unknown format {format!r}; the formats are {', '.join(FORMATS)}")
     if path.is_dir():
@@ -52,18 +62,41 @@ def open_source(connection: duckdb.DuckDBPyConnection, path: Path, format: str =
         raise UserError(f"there is no file {path.name}; check the path")
     if path.stat().st_size == 0:
         raise UserError(f"{path.name} is empty (0 bytes); give a log with at least one event")
+    if path.name.lower().endswith(_UNFINISHED):
+        raise UserError(f"{path.name} is half-written, as its name says; import it when it has its final name")
     kind = _detect(path) if format == "auto" else format
-    opened = _open(connection, path, kind)
+    opened = _open(connection, path, kind, header)
+    check_row_number(path.name, opened.columns)
     if format == "auto" and _is_movielens(opened.columns):
         return replace(opened, format="movielens")
     return opened
 
 
-def unreadable(path: Path, error: Exception) -> UserError:
-    """Return the one-sentence error for a file that its reader refused."""
+def log_files(folder: Path) -> list[Path]:
+    """Return the logs of a folder in the order of their names. Raises UserError if there is none or one is unfinished.
+
+    Left out: hidden files, catalogues, and what has no name of a log.
+    """
+    endings = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
+    files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith((".", "_"))]
+    if unfinished := next((path for path in files if path.name.lower().endswith(_UNFINISHED)), None):
+        raise UserError(f"{unfinished.name} in {folder.name} is half-written, as its name says; finish or remove it")
+    found = [path for path in files if _plain_name(path).endswith(endings) and ".catalogue." not in path.name]
+    if not found:
+        raise UserError(f"{folder.name} is a folder without a log (.csv, .jsonl, .parquet or .dat); name another")
+    return found
+
+
+def _plain_name(path: Path) -> str:
+    return path.name.lower().removesuffix(".gz").removesuffix(".zst")
+
+
+def unreadable(path: Path, error: Exception, *, copy: Path | None = None) -> UserError:
+    """Return the one-sentence error for a file that its reader refused; copy: what was read in its place."""
     text = str(error)
-    for shown in (_glob_free(path), str(path.absolute()), str(path)):
-        text = text.replace(shown, path.name)
+    for read in (copy or path, path):
+        for shown in (_glob_free(read), str(read.absolute()), str(read)):
+            text = text.replace(shown, path.name)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     # What DuckDB advises are options of its reader, which nobody here can set.
     lines = [line for line in lines if not line.startswith(("Original Line", "Possible", "Try ", "LINE ", "^"))]
@@ -75,25 +108,38 @@ def _detect(path: Path) -> str:
     with path.open("rb") as stream:
         if stream.read(4) == b"PAR1":
             return "parquet"
-    name = path.name.lower().removesuffix(".gz").removesuffix(".zst")
+    name = _plain_name(path)
     for kind, suffixes in _SUFFIXES.items():
         if name.endswith(suffixes):
             return kind
     raise UserError(
-        f"the format of {path.name} is unknown; name the file .csv, .tsv, .jsonl, .parquet or .dat (.gz allowed for "
-        "text) or give --format csv, jsonl, parquet or movielens"
+        f"the format of {path.name} is unknown; name the file .csv, .tsv, .jsonl, .parquet or .dat (.gz and .zst "
+        "allowed for text) or give --format csv, jsonl, parquet or movielens"
     )
 
 
-def _open(connection: duckdb.DuckDBPyConnection, path: Path, kind: str) -> Source:
+def _open(connection: duckdb.DuckDBPyConnection, path: Path, kind: str, header: tuple[str, ...]) -> Source:
     if kind == "movielens":
-        kind = "dat" if path.name.lower().removesuffix(".gz").endswith(".dat") else _detect(path)
-        return replace(_OPENERS[kind](connection, path), format="movielens")
-    return _OPENERS[kind](connection, path)
+        kind = "dat" if _plain_name(path).endswith(".dat") else _detect(path)
+        return replace(_open(connection, path, kind, header), format="movielens")
+    if kind != "parquet" and path.name.lower().endswith(".zst"):
+        _check_whole(path)
+    if kind == "csv":
+        return _open_csv(path, header)
+    if kind == "dat":
+        return _open_dat(path)
+    return _open_parquet(connection, path) if kind == "parquet" else _open_jsonl(connection, path)
 
 
 def _open_parquet(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
-    relation = f"read_parquet({literal(_glob_free(path))})"
+    with path.open("rb") as stream:
+        start = stream.read(4)
+        stream.seek(-min(4, path.stat().st_size), 2)
+        if start == b"PAR1" and stream.read(4) != b"PAR1":
+            raise UserError(
+                f"{path.name} cannot be read: it ends before its footer, so it is half-written; fetch it again"
+            )
+    relation = parquet(path)
     try:
         rows = connection.sql(f"DESCRIBE SELECT * FROM {relation}").fetchall()  # noqa: S608
     except duckdb.Error as error:
@@ -103,10 +149,17 @@ def _open_parquet(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
     )
 
 
-def _open_csv(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
-    header = _first_line(path)
-    delimiter = max(",\t;|", key=header.count)
-    names = [name.strip() for name in next(csv.reader([header], delimiter=delimiter), [])]
+def _open_csv(path: Path, header: tuple[str, ...]) -> Source:
+    first = _first_line(path)
+    delimiter = max(",\t;|", key=first.count)
+    names = [name.strip() for name in next(csv.reader([first], delimiter=delimiter), [])]
+    if header:
+        if len(names) != len(header):
+            raise UserError(
+                f"the first line of {path.name} has {len(names)} field(s), but the declaration's header has "
+                f"{len(header)} ({', '.join(header)}); mend the declaration"
+            )
+        return _text_source(path, "csv", header, delimiter, header=False)
     if not names or any(not name for name in names) or len({name.lower() for name in names}) != len(names):
         raise UserError(
             f"the first line of {path.name} is not a header of different column names (case does not count); add one, "
@@ -115,7 +168,7 @@ def _open_csv(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
     return _text_source(path, "csv", names, delimiter, header=True)
 
 
-def _open_dat(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
+def _open_dat(path: Path) -> Source:
     fields = _first_line(path).split("::")
     if len(fields) != len(_DAT_COLUMNS):
         raise UserError(
@@ -159,28 +212,36 @@ def _open_jsonl(connection: duckdb.DuckDBPyConnection, path: Path) -> Source:
     )
 
 
-_OPENERS = {"parquet": _open_parquet, "csv": _open_csv, "dat": _open_dat, "jsonl": _open_jsonl}
+def _stream(path: Path) -> pa.NativeFile:
+    return pa.input_stream(str(path), compression=_COMPRESSIONS.get(path.suffix.lower()))
+
+
+def _check_whole(path: Path) -> None:
+    """Raise UserError for a cut .zst file: DuckDB takes it for a shorter one."""
+    try:
+        with _stream(path) as stream:
+            while stream.read(_CHUNK):
+                pass
+    except OSError as error:
+        raise unreadable(path, error) from None
 
 
 def _starts_with_bom(path: Path) -> bool:
-    opener = gzip.open if path.name.lower().endswith(".gz") else open
     try:
-        with opener(path, "rb") as stream:
-            return bytes(stream.read(3)) == codecs.BOM_UTF8
-    except (OSError, EOFError):
+        with _stream(path) as stream:
+            return stream.read(3) == codecs.BOM_UTF8
+    except OSError:
         return False
 
 
 def _first_line(path: Path) -> str:
     """Return the first line as UTF-8 without byte order mark. Raises UserError if the bytes do not decode."""
     try:
-        with path.open("rb") as raw:
-            stream = gzip.GzipFile(fileobj=raw) if path.name.lower().endswith(".gz") else raw
-            with io.TextIOWrapper(stream, encoding="utf-8-sig") as text:
-                line = text.readline(_MAX_HEADER_CHARS).rstrip("\r\n")
-    except (UnicodeDecodeError, OSError, EOFError) as error:
+        with _stream(path) as raw, io.BufferedReader(raw) as stream:
+            line = stream.readline(_MAX_HEADER_BYTES).decode("utf-8-sig").rstrip("\r\n")
+    except (UnicodeDecodeError, OSError) as error:
         raise UserError(
-            f"{path.name} cannot be read as UTF-8 text ({type(error).__name__}); check its format"
+            f"{path.name} cannot be read as UTF-8 text ({type(error).__name__} in line 1); check its format"
         ) from None
     if not line.strip():
         raise UserError(f"the first line of {path.name} is blank; the file must start with its header or first event")

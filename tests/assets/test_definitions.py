@@ -10,6 +10,7 @@ from gr_platform.definitions import defs
 
 DEPENDENCIES = {
     "events": set(),
+    "data_card": {"events"},
     "item_vocabulary": {"events"},
     "sequences": {"events", "item_vocabulary"},
     "retrieval_model": {"sequences"},
@@ -22,6 +23,15 @@ DEPENDENCIES = {
 CHECKS = {
     ("events", "schema"),
     ("events", "conservation"),
+    ("events", "nulls"),
+    ("events", "time_range"),
+    ("events", "duplicates"),
+    ("events", "quarantine"),
+    ("events", "volume"),
+    ("events", "new_users"),
+    ("events", "new_items"),
+    ("events", "action_mix"),
+    ("events", "longest_user"),
     ("sequences", "no_leakage"),
     ("retrieval_model", "no_leakage"),
     ("ranking_model", "no_leakage"),

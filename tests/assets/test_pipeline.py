@@ -15,6 +15,7 @@ from gr_platform.registry import promotion, tracking, versions
 
 ASSETS = [
     "bundle",
+    "data_card",
     "deployment",
     "evaluation",
     "events",
@@ -69,7 +70,7 @@ def test_a_second_run_reuses_every_stage(home: Path) -> None:
     finished = pipeline.materialize(
         home,
         home / "dagster_home",
-        select=["events", "item_vocabulary", "sequences", "evaluation", "registration", "bundle", "deployment"],
+        select=[name for name in ASSETS if name not in ("retrieval_model", "ranking_model")],
     )
     assert {name for name, stage in finished.items() if not stage["reused"]} == set()
 
@@ -168,19 +169,96 @@ def test_a_bundle_is_of_the_evaluated_model_on_the_current_sequences(home: Path)
         export(home, DS, "ranking")
 
 
+def _events_checks(home: Path) -> dict[str, dg.AssetCheckEvaluation]:
+    checks = dg.define_asset_job("checks", dg.AssetSelection.checks(data_checks.events_checks))
+    definitions = dg.Definitions(
+        asset_checks=[data_checks.events_checks],
+        jobs=[checks],
+        resources={"platform": _platform(home)},
+        executor=dg.in_process_executor,
+    )
+    done = definitions.resolve_job_def("checks").execute_in_process(raise_on_error=False)
+    return {found.check_name: found for found in done.get_asset_check_evaluations()}
+
+
+def test_each_check_shows_its_figures_by_partition(pipeline_home: Path) -> None:
+    results = _events_checks(pipeline_home)
+    assert {name for name, result in results.items() if not result.passed} == set()
+    table = str(results["conservation"].metadata["partitions"].value)
+    assert table.splitlines()[0] == "| ingest date | rows in | kept | duplicates | quarantined |"
+    assert "nothing before to compare with" in (results["volume"].description or "")
+
+
 def test_lost_rows_break_conservation(home: Path) -> None:
     import pyarrow.parquet as pq
 
     file = next((home / "events" / DS).rglob("events-*.parquet"))
     pq.write_table(pq.read_table(file).slice(1), file)
-    assert not data_checks.events_conservation(_platform(home)).passed
+    result = _events_checks(home)["conservation"]
+    assert not result.passed
+    assert result.severity is dg.AssetCheckSeverity.ERROR
 
 
 def test_an_undeclared_action_breaks_the_schema(home: Path) -> None:
     toml = home / "landing" / DS / "dataset.toml"
     toml.write_text(toml.read_text().replace('"purchase"', '"return"'))
-    result = data_checks.events_schema(_platform(home))
-    assert "action 'purchase' is not declared" in (result.description or "")
+    assert "action 'purchase' is not declared" in (_events_checks(home)["schema"].description or "")
+
+
+def _bound(home: Path, text: str) -> None:
+    (home / "landing" / DS / "checks.toml").write_text(text)
+
+
+def test_a_bound_that_may_be_passed_is_a_warning_and_a_broken_contract_an_error(home: Path) -> None:
+    _bound(home, "max_quarantined = 0")
+    folder = next((home / "events" / DS).glob("ingest_date=*"))
+    manifest = storage.read_manifest(folder)
+    facts = manifest.facts | {"quarantined": {"null_item": 1}}
+    storage.write_manifest(folder, kind="events", spec=manifest.spec, facts=facts)
+    failed = {name: result.severity for name, result in _events_checks(home).items() if not result.passed}
+    assert failed == {"quarantine": dg.AssetCheckSeverity.WARN, "conservation": dg.AssetCheckSeverity.ERROR}
+
+
+def test_materialize_ends_well_after_a_warning_and_fails_on_an_error(home: Path) -> None:
+    seen: list[tuple[str, str]] = []
+    _bound(home, "max_user_events = 1")
+    folder = next((home / "events" / DS).glob("ingest_date=*"))
+    manifest = storage.read_manifest(folder)
+    storage.write_manifest(folder, kind="events", spec=manifest.spec, facts=manifest.facts | {"max_user_events": 2})
+
+    def run() -> None:
+        pipeline.materialize(
+            home,
+            home / "dagster_home",
+            select=["events", "item_vocabulary"],
+            on_stage=lambda fields: seen.append((fields["event"], fields["name"])),
+        )
+
+    run()
+    assert ("check_warned", "events longest_user") in seen
+    assert ("finished", "item_vocabulary") in seen
+    seen.clear()
+    _bound(home, "latest = 2000-01-01")
+    with pytest.raises(UserError, match=r"check events time_range .*must lie from 1990-01-01 to before 2000-01-02"):
+        run()
+    assert ("finished", "item_vocabulary") not in seen
+    _bound(home, "misspelt = 1")
+    with pytest.raises(UserError, match="unknown entries misspelt"):
+        run()
+
+
+def test_the_card_on_the_asset_page_is_the_one_in_the_state_folder(pipeline_home: Path) -> None:
+    with dg.DagsterInstance.from_config(str(pipeline_home / "dagster_home")) as instance:
+        event = instance.get_latest_materialization_event(dg.AssetKey("data_card"))
+    assert event is not None
+    assert event.asset_materialization is not None
+    metadata = event.asset_materialization.metadata
+    page = str(metadata["page"].value)
+    assert str(pipeline_home) not in page
+    assert (pipeline_home / page.split()[0]).is_file()
+    preview = str(metadata["preview"].value)
+    assert preview.count("data:image/png;base64,") == 2
+    assert f"| events | {metadata['num_events'].value:,} |" in preview
 
 
 def test_failing_user_input_is_one_sentence_and_changes_nothing(home: Path) -> None:

@@ -17,7 +17,7 @@ from gr_platform.errors import UserError, sentence_for
 
 COMMANDS = {
     *("demo", "import", "simulate", "materialize", "serve", "up", "down", "status", "doctor", "recommend", "score"),
-    "bench",
+    *("bench", "fetch", "card"),
 }
 HEAVY = ("torch", "mlflow", "dagster", "duckdb", "numpy")
 
@@ -63,8 +63,8 @@ def test_help_loads_no_library() -> None:
         (("recommend", "--user", "1"), "no model server runs"),
         (("score", "--user", "1", "--items", "1,2"), "no model server runs"),
         (("bench", "nonsense"), "there is no benchmark 'nonsense'"),
-        (("simulate", "log.parquet", "--num-events", "5"), "at least 2000 events"),
-        (("simulate", "tests"), "tests is a folder"),
+        (("simulate", "--out", "log.parquet", "--events", "5"), "at least 2000 events"),
+        (("simulate", "--out", "tests"), "the folder tests holds other files"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_status_2(tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
@@ -121,7 +121,7 @@ def test_errors_that_name_each_other_as_causes_end() -> None:
 
 def test_a_defect_inside_a_stage_ends_with_its_traceback(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    assert _gr(home, "simulate", str(tmp_path / "log.parquet"), "--num-events", "2000").returncode == 0
+    assert _gr(home, "simulate", "--out", str(tmp_path / "log.parquet"), "--events", "2000").returncode == 0
     assert _gr(home, "import", str(tmp_path / "log.parquet")).returncode == 0
     code = (
         "from gr_platform import cli\nfrom gr_platform.events import ingest\n"
@@ -141,7 +141,7 @@ def test_a_defect_inside_a_stage_ends_with_its_traceback(tmp_path: Path) -> None
 
 def test_a_second_run_in_the_same_state_folder_is_refused(tmp_path: Path) -> None:
     home = tmp_path / "home"
-    assert _gr(home, "simulate", str(tmp_path / "log.parquet"), "--num-events", "2000").returncode == 0
+    assert _gr(home, "simulate", "--out", str(tmp_path / "log.parquet"), "--events", "2000").returncode == 0
     assert _gr(home, "import", str(tmp_path / "log.parquet")).returncode == 0
     with storage.exclusive(home, "stages"):
         assert "another program works on the stages" in _one_sentence(_gr(home, "materialize", "--select", "events"))
@@ -190,7 +190,7 @@ def test_a_defect_of_ours_keeps_its_traceback(tmp_path: Path, monkeypatch: pytes
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_pipeline_says_so_in_one_sentence(tmp_path: Path, number: signal.Signals) -> None:
     home = tmp_path / "home"
-    assert _gr(home, "simulate", str(tmp_path / "log.parquet"), "--num-events", "5000").returncode == 0
+    assert _gr(home, "simulate", "--out", str(tmp_path / "log.parquet"), "--events", "5000").returncode == 0
     assert _gr(home, "import", str(tmp_path / "log.parquet")).returncode == 0
     running = subprocess.Popen(
         [sys.executable, "-m", "gr_platform.cli", "materialize", "--recipe", "tiny"],
@@ -214,7 +214,7 @@ def test_a_killed_run_does_not_stay_started(tmp_path: Path, monkeypatch: pytest.
     import dagster as dg
 
     home = tmp_path / "home"
-    assert _gr(home, "simulate", str(tmp_path / "log.parquet"), "--num-events", "2000").returncode == 0
+    assert _gr(home, "simulate", "--out", str(tmp_path / "log.parquet"), "--events", "2000").returncode == 0
     assert _gr(home, "import", str(tmp_path / "log.parquet")).returncode == 0
     killed = subprocess.Popen(
         [sys.executable, "-m", "gr_platform.cli", "materialize", "--recipe", "tiny"],

@@ -168,7 +168,7 @@ def test_columns_that_differ_in_case_alone(landed, rows, write_csv):
 
 def test_a_damaged_landing_folder_says_what_to_delete_and_import_heals_it(landed, rows, write_csv):
     (ledger,) = (landed / "landing" / "good").glob("*.json")
-    for text in (b"", b"[]", b"{", b"\xff", b'{"schema_version": 1}'):
+    for text in (b"", b"[]", b"{", b"\xff", b'{"schema_version": 2}'):
         ledger.write_bytes(text)
         with pytest.raises(UserError, match=rf"{ledger.name} is damaged; delete it"):
             landed_files(landed, "good")

@@ -15,7 +15,17 @@ def made(**fields):
 @given(names, st.data())
 def test_toml_and_json_give_back_any_declaration(actions, data):
     chosen = tuple(data.draw(st.lists(st.sampled_from(actions), unique=True, min_size=1)))
-    declaration = made(actions=tuple(actions), positives=chosen, tasks={"t": chosen}, columns={"user_id": actions[0]})
+    declaration = made(
+        actions=tuple(actions),
+        positives=chosen,
+        tasks={"t": chosen},
+        columns={"user_id": actions[0], "item_id": tuple(actions)},
+        rename_actions={name + "?": name for name in chosen},
+        context=("device", "order"),
+        header=tuple(actions),
+        strict=bool(len(chosen) % 2),
+        time_unit="auto",
+    )
     assert Declaration.from_toml(declaration.to_toml()) == declaration
     assert Declaration.from_json(declaration.to_json()) == declaration
 
@@ -45,6 +55,15 @@ def test_masks_follow_the_order_of_the_actions():
         ({"exclude_seen": "some"}, "exclude_seen"),
         ({"name": "../up"}, "cannot name"),
         ({"name": "active"}, "active"),
+        ({"merge_window_ms": -1}, "merge_window_ms"),
+        ({"context": ("Device",)}, "lower-case"),
+        ({"context": ("user_id",)}, "have already"),
+        ({"context": ("a", "a")}, "all different"),
+        ({"context": tuple(f"c{i}" for i in range(17))}, "at most 16"),
+        ({"columns": {"person": "who"}}, "canonical columns"),
+        ({"columns": {"user_id": ()}}, "must be text"),
+        ({"rename_actions": {"addtocart": "cart"}}, "rename_actions leads to"),
+        ({"strict": "yes"}, "strict"),
     ],
 )
 def test_what_does_not_hold_together_is_refused(fields, said):
@@ -63,6 +82,9 @@ def test_what_does_not_hold_together_is_refused(fields, said):
         ('tasks = { like = "like" }', "task like is 'like', must be a list"),
         ("tasks = { like = [] }", "task like is .*, must be a list"),
         ('tasks = "like"', "is not valid"),
+        ('columns = "user"', "is not valid"),
+        ('context = "device"', "context is 'device', must be a list"),
+        ("rename_actions = { a = 1 }", "is not valid"),
     ],
 )
 def test_an_edit_of_the_wrong_type_is_one_sentence(line, said):
@@ -79,3 +101,17 @@ def test_a_broken_file_is_one_sentence():
         Declaration.from_toml('name = "x"\nactions = ["a"]\n')
     with pytest.raises(UserError, match="unknown entries colour"):
         Declaration.from_json(made().to_json() | {"colour": "red"})
+
+
+def test_a_manifest_of_an_older_release_still_reads():
+    fields = made().to_json()
+    for name in ("strict", "context", "header", "catalogue", "rename_actions"):
+        del fields[name]
+    assert Declaration.from_json(fields) == made()
+
+
+def test_a_given_declaration_is_strict_unless_it_says_otherwise():
+    text = 'name = "x"\nactions = ["like"]\npositives = ["like"]\n'
+    assert Declaration.from_toml(text, strict=True).strict
+    assert not Declaration.from_toml(text).strict
+    assert not Declaration.from_toml("strict = false\n" + text, strict=True).strict

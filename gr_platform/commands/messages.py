@@ -1,0 +1,28 @@
+"""What `gr` says in words: its lines, its one sentence for a fault, and paths as they can be pasted.
+
+Invariant: only light modules are imported, since every command begins here; texts are shown as they are, without
+markup.
+"""
+
+from pathlib import Path
+
+from rich.console import Console
+from rich.markup import escape
+
+from gr_platform import settings
+
+
+def say(text: str) -> None:
+    """Print one line, exactly as it is."""
+    Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def complain(what: str, sentence: str) -> None:
+    """Print the sentence for a fault to stderr, with the state folder as the person at this terminal can paste it."""
+    shown = sentence.replace("$GR_HOME", pasteable(settings.home())) if "$GR_HOME/" in sentence else sentence
+    Console(stderr=True).print(f"[red]{what}:[/] {escape(shown)}", highlight=False, soft_wrap=True)
+
+
+def pasteable(path: Path) -> str:
+    """Return a path relative to the working folder where it lies inside."""
+    return str(path.relative_to(Path.cwd())) if path.is_relative_to(Path.cwd()) else str(path)
