@@ -49,7 +49,7 @@ def sequences(platform: Platform) -> dg.MaterializeResult:
         reused=result.reused,
         figures={
             "num_users": dataset.num_users,
-            "num_exposures": len(dataset.items),
+            "num_exposures": dataset.num_exposures,
             "median_length": float(np.median(lengths)),
             "max_length": int(lengths.max()),
         },

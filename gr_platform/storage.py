@@ -128,19 +128,41 @@ def verify_files(folder: Path, manifest: Manifest) -> None:
             raise UserError(f"{_shown(path)} is corrupt (its sha256 differs from the manifest); run gr materialize")
 
 
+def find(parent: Path, kind: str, spec: Mapping[str, Any]) -> Result | None:
+    """Return the result of `spec` if it is there and whole, None otherwise."""
+    _, folder = _named(parent, kind, spec)
+    try:
+        return Result(folder=folder, manifest=read_manifest(folder, verify=True), reused=True)
+    except UserError:
+        return None
+
+
+def discard(folder: Path) -> None:
+    """Delete a result, so that `ensure` makes it again."""
+    (folder / MANIFEST).unlink()
+    shutil.rmtree(folder)
+
+
+def _named(parent: Path, kind: str, spec: Mapping[str, Any]) -> tuple[dict[str, Any], Path]:
+    """Return the spec as it is written and the folder of its result."""
+    written = json.loads(canonical_json(dict(spec)))
+    return (
+        written,
+        parent / f"{kind}-{digest_of({'kind': kind, 'schema_version': SCHEMA_VERSION, 'spec': written})[:16]}",
+    )
+
+
 def ensure(parent: Path, kind: str, spec: Mapping[str, Any], build: Callable[[Path], dict[str, Any]]) -> Result:
     """Return the result of `spec`, building it unless a valid one is there.
 
     `build(folder)` writes files into an empty temporary folder and returns the facts. The result's folder is
     `parent/<kind>-<first 16 digits of the spec's digest>`. A damaged result is built again.
     """
-    spec = json.loads(canonical_json(dict(spec)))
-    folder = parent / f"{kind}-{digest_of({'kind': kind, 'schema_version': SCHEMA_VERSION, 'spec': spec})[:16]}"
-    if folder.exists():
-        try:
-            return Result(folder=folder, manifest=read_manifest(folder, verify=True), reused=True)
-        except UserError:
-            shutil.rmtree(folder)
+    found = find(parent, kind, spec)
+    if found is not None:
+        return found
+    spec, folder = _named(parent, kind, spec)
+    shutil.rmtree(folder, ignore_errors=True)
     parent.mkdir(parents=True, exist_ok=True)
     sweep(parent)
     building = Path(tempfile.mkdtemp(dir=parent, prefix=".building-"))

@@ -17,7 +17,7 @@ from gr_platform.commands.query import UserAnswer
 SHOWN_FIGURES = 4
 QUARANTINED = "quarantined_"
 ORDER = "ordered by the mean of the probabilities"
-QUARANTINE_FILES = "rows and rules: events/<data set>/ingest_date=*/quarantine-0.parquet in the state folder"
+QUARANTINE_FILES = "rows and rules: events/<data set>/ingest_date=*/*/quarantine-0.parquet in the state folder"
 
 
 class StageLines:

@@ -14,8 +14,8 @@ def train_counts(dataset: SequenceDataset) -> np.ndarray:
 
     The rule: exposures of any action, all but the last two of every user (all of a user with fewer than three).
     """
-    lengths = dataset.lengths
-    starts = dataset.offsets[:-1]
-    positions = np.arange(len(dataset.items)) - np.repeat(starts, lengths)
-    in_train = positions < np.repeat(train_ends(lengths), lengths)
-    return np.bincount(dataset.items[in_train], minlength=dataset.vocabulary.num_rows)
+    num_rows = dataset.vocabulary.num_rows
+    counts = np.zeros(num_rows, np.int64)
+    for _, trained in dataset.blocks(ends=train_ends(dataset.lengths)):
+        counts += np.bincount(trained.items, minlength=num_rows)
+    return counts

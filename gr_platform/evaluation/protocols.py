@@ -42,8 +42,7 @@ def split_targets(
     """
     rows, positions = target_positions(dataset.lengths, split)
     if positives_only:
-        actions = dataset.actions[dataset.offsets[rows] + positions]
-        wanted = (actions & dataset.declaration.positive_mask()) != 0
+        wanted = (dataset.at(rows, positions).actions & dataset.declaration.positive_mask()) != 0
         rows, positions = rows[wanted], positions[wanted]
     if max_users is not None and len(rows) > max_users:
         kept = np.sort(generator(0, "sample").choice(len(rows), max_users, replace=False))
@@ -95,7 +94,7 @@ def judge_by_model(
     and sees neither its action nor later tokens, so its row is the candidate's (asserted by a test).
     """
     targets = split_targets(dataset, split, positives_only=False, max_users=max_users)
-    at = dataset.offsets[targets.rows] + targets.positions
+    asked = dataset.at(targets.rows, targets.positions)
     masks = np.array([dataset.declaration.task_masks()[task] for task in model.tasks], np.int64)
     model.eval()
     logits = [torch.zeros(0, len(model.tasks))]
@@ -106,8 +105,8 @@ def judge_by_model(
     require_finite(logits_UT, "logits")
     return Judged(
         targets=targets,
-        items=dataset.items[at],
-        labels=(dataset.actions[at][:, None] & masks[None, :]) != 0,
+        items=asked.items,
+        labels=(asked.actions[:, None] & masks[None, :]) != 0,
         logits=logits_UT,
     )
 

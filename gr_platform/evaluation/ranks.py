@@ -66,8 +66,7 @@ def rank_targets(
     Memory: at most BLOCK_SCORES scores at once (or one user's). Raises NonFiniteScores.
     """
     barred = ~dataset.vocabulary.active
-    starts = dataset.offsets[targets.rows]
-    items = dataset.items[starts + targets.positions]
+    items = dataset.at(targets.rows, targets.positions).items
     ranks = np.empty(len(targets), np.int64)
     scores = np.empty(len(targets), np.float32)
     num_ties = num_unreachable = 0
@@ -79,9 +78,9 @@ def rank_targets(
         own = table[np.arange(end - begin), items[begin:end]]
         table[:, barred] = -np.inf
         if exclude_seen:
-            for index in range(begin, end):
-                first = starts[index]
-                table[index - begin, dataset.items[first : first + targets.positions[index]]] = -np.inf
+            nothing = np.zeros(end - begin, np.int64)
+            seen = dataset.gather(targets.rows[begin:end], nothing, targets.positions[begin:end])
+            table[seen.owner, seen.items] = -np.inf
         unreachable = np.isneginf(table[np.arange(end - begin), items[begin:end]])
         at_least = np.count_nonzero(table >= own[:, None], axis=1)
         ranks[begin:end] = np.where(unreachable, np.count_nonzero(~barred) + 1, at_least)

@@ -4,7 +4,7 @@ Invariant: nothing is read from or written to the current folder, and results do
 """
 
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -47,3 +47,8 @@ def quoted(name: str) -> str:
 def literal(text: str) -> str:
     """Return `text` as a quoted SQL string."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def parquet_of(files: Iterable[Path]) -> str:
+    """Return SQL that reads Parquet files, one after the other."""
+    return f"read_parquet([{', '.join(literal(str(file)) for file in files)}], hive_partitioning=false)"

@@ -1,7 +1,8 @@
-"""Clean events become one jagged sequence per user, streamed from a sorted query into Arrow IPC.
+"""Clean events become sequences: a base and one segment for what came in since, until they are worth a new base.
 
-Invariant: rows of one (user, item, time) are one exposure with the union of their actions, and the order is total:
-(user, event_ts, landed file, source row). Batch boundaries depend on content alone, so equal events give equal bytes.
+Invariant: a data set's sequences are a function of its events, declaration and vocabulary; which segments hold them is
+not part of their digest. A segment appends to its users' sequences, or replaces a sequence whole where an event came in
+late; equal events give equal bytes.
 """
 
 from collections.abc import Iterator
@@ -11,146 +12,217 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from gr_platform import storage
 from gr_platform.errors import UserError
-from gr_platform.events.declaration import Declaration
+from gr_platform.events.database import parquet_of
 from gr_platform.events.ingest import CleanEvents, clean_events
-from gr_platform.sequences import vocabulary as vocabularies
-from gr_platform.sequences.dataset import FILE, SequenceDataset
-from gr_platform.sequences.splits import describe_targets
+from gr_platform.events.partitions import event_files
+from gr_platform.sequences import exposures
+from gr_platform.sequences.dataset import LISTS, SequenceDataset, read_segment
+from gr_platform.sequences.exposures import events_of, jagged_rows, rows_of, write_segment
+from gr_platform.sequences.vocabulary import Vocabulary
 
-MAX_BATCH_USERS = 1 << 16
-MAX_BATCH_EVENTS = 1 << 23
-_STREAM_ROWS = 1 << 17
-
-_SORTED = """
-    SELECT user_id, index AS item, actions, event_ts
-    FROM (
-        SELECT user_id, item_id, event_ts, bit_or(mask) AS actions, min(source_file::BIGINT << 40 | source_row) AS place
-        FROM events JOIN action_masks USING (action)
-        GROUP BY user_id, item_id, event_ts
-    ) JOIN vocabulary USING (item_id)
-    ORDER BY user_id, event_ts, place
-"""
+# Segments beside the base are merged into a new one when they hold more than this share of the exposures.
+COMPACT_SHARE = 0.2
+SEQUENCES_VERSION = 2
 
 
 def sequentialize(home: Path, ds: str) -> storage.Result:
     """Return the sequences of all ingested events over the current vocabulary, and make them current.
 
-    File: one row per user, ascending: user_id; items (dense index), actions (bitmask), times (ms UTC) as
-    large_list<int64>. Raises UserError if the vocabulary was built from other events.
+    Files: per segment one Arrow IPC file, a row a user: user_id; items (dense index), actions (bitmask), times (ms UTC)
+    as large_list<int64>; behind the base also `replaces`. Raises UserError if the vocabulary is of other events.
     """
     events = clean_events(home, ds)
     parent = home / "sequences" / ds
     folder = storage.current(parent, "vocabulary")
-    vocabulary = storage.read_manifest(folder)
-    if vocabulary.spec["events"] != events.digest:
+    built_from = storage.read_manifest(folder)
+    if built_from.spec["events"] != events.digest:
         raise UserError(f"the vocabulary is older than the events of {ds}; run the item_vocabulary stage first")
     spec = {
         "events": events.digest,
         "declaration": events.declaration.to_json(),
-        "vocabulary": vocabulary.facts["vocabulary_digest"],
+        "vocabulary": built_from.facts["vocabulary_digest"],
         "vocabulary_folder": folder.name,
+        "version": SEQUENCES_VERSION,
     }
-    result = storage.ensure(parent, "sequences", spec, lambda building: _build(building, events, folder))
+    segments = _Segments(parent, events, Vocabulary.load(folder))
+
+    def build(_: Path) -> dict[str, Any]:
+        dataset, names = segments.compacted()
+        return _facts(dataset) | {"segments": names}
+
+    made = storage.find(parent, "sequences", spec)
+    if made is not None and not all(_is_whole(parent / name) for name in made.manifest.facts["segments"]):
+        storage.discard(made.folder)
+    result = storage.ensure(parent, "sequences", spec, build)
     storage.point(parent, "sequences", result.folder)
     return result
 
 
-def _build(folder: Path, events: CleanEvents, vocabulary_folder: Path) -> dict[str, Any]:
-    ids = pq.read_table(vocabulary_folder / vocabularies.FILE, columns=["item_id"])
-    index = pa.array(np.arange(len(ids), dtype=np.int64) + 1 + vocabularies.NUM_OOV)
-    tables = {"vocabulary": ids.append_column("index", index), "action_masks": _action_masks(events.declaration)}
-    with events.connect(**tables) as connection:
-        stream = connection.sql(_SORTED).to_arrow_reader(_STREAM_ROWS)
-        id_type = pa.int64() if events.declaration.user_id_type == "int64" else pa.string()
-        schema = pa.schema([("user_id", id_type)] + [(name, pa.large_list(pa.int64())) for name in _LISTS])
-        with pa.OSFile(str(folder / FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-            for batch in _jagged(stream, schema):
-                writer.write_batch(batch)
-    return _facts(folder, events.declaration, vocabulary_folder)
+def _is_whole(folder: Path) -> bool:
+    try:
+        storage.read_manifest(folder, verify=True)
+    except UserError:
+        return False
+    return True
 
 
-_LISTS = ("items", "actions", "times")
+class _Segments:
+    """The segments of one set of events."""
 
+    def __init__(self, parent: Path, events: CleanEvents, vocabulary: Vocabulary) -> None:
+        self.parent, self.events, self.vocabulary = parent, events, vocabulary
+        self.declaration = events.declaration
+        manifests = {date: storage.read_manifest(folder) for date, folder in events.partitions.items()}
+        self.by_digest = {manifests[date].digest: folder for date, folder in events.partitions.items()}
+        self.digests = [manifest.digest for manifest in manifests.values()]
 
-def _action_masks(declaration: Declaration) -> pa.Table:
-    masks = [1 << bit for bit in range(len(declaration.actions))]
-    return pa.table({"action": list(declaration.actions), "mask": pa.array(masks, pa.int64())})
+    def compacted(self) -> tuple[SequenceDataset, list[str]]:
+        """Return the sequences and the names of their segments, made as far as they are not there."""
+        names, covered = self._usable()
+        if rest := self.digests[covered:]:
+            names.append(self._segment(names, self.digests[:covered], rest))
+        tables = [read_segment(self.parent / name) for name in names]
+        dataset = self._dataset(tables)
+        sizes = [storage.read_manifest(self.parent / name).facts["num_exposures"] for name in names]
+        if sum(sizes[1:]) > COMPACT_SHARE * sum(sizes):
+            names = [self._base(dataset)]
+            dataset = self._dataset([read_segment(self.parent / names[0])])
+        return dataset, names
 
+    def _dataset(self, tables: list[pa.Table]) -> SequenceDataset:
+        return SequenceDataset(tables, self.declaration, self.vocabulary, digest="")
 
-def _jagged(stream: pa.RecordBatchReader, schema: pa.Schema) -> Iterator[pa.RecordBatch]:
-    """Yield record batches of whole users from exposures sorted by user, however the stream is cut."""
-    pending: list[pa.RecordBatch] = []
-    num_rows = 0
-    for rows in stream:
-        pending.append(rows)
-        num_rows += len(rows)
-        if num_rows >= MAX_BATCH_EVENTS:
-            table = pa.Table.from_batches(pending).combine_chunks()
-            done = 0
-            for first, last in _cuts(_bounds(table), final=False):
-                yield _batch(table, first, schema)
-                done = last
-            rest = table.slice(done)
-            pending, num_rows = rest.to_batches(), len(rest)
-    if num_rows:
-        table = pa.Table.from_batches(pending).combine_chunks()
-        for first, _ in _cuts(_bounds(table), final=True):
-            yield _batch(table, first, schema)
+    def _usable(self) -> tuple[list[str], int]:
+        """Return those of the current segments that start these sequences too, and how many partitions they cover."""
+        try:
+            current = storage.read_manifest(storage.current(self.parent, "sequences"))
+        except UserError:
+            return [], 0
+        names: list[str] = []
+        covered = 0
+        for name in current.facts.get("segments", []):
+            try:
+                spec = storage.read_manifest(self.parent / name, verify=True).spec
+            except UserError:
+                break
+            end = covered + len(spec["events"])
+            known = {"num_items": spec["items"]["num"], "num_actions": len(spec["actions"])}
+            if spec != self._spec(self.digests[:covered], self.digests[covered:end], **known):
+                break
+            names.append(name)
+            covered = end
+        return names, covered
 
+    def _spec(
+        self, before: list[str], events: list[str], *, num_items: int | None = None, num_actions: int | None = None
+    ) -> dict[str, Any]:
+        """Return what a segment is made from: of vocabulary and actions, to which both only append, as much as there
+        was when it was made."""
+        declared = self.declaration
+        num_items = self.vocabulary.num_items if num_items is None else num_items
+        known = min(num_items, self.vocabulary.num_items)
+        return {
+            "before": before,
+            "events": events,
+            "actions": list(declared.actions[:num_actions]),
+            "user_id_type": declared.user_id_type,
+            "items": {"num": num_items, "digest": self.vocabulary.digest_of_first(known)},
+            "version": SEQUENCES_VERSION,
+        }
 
-def _bounds(table: pa.Table) -> np.ndarray:
-    """Return the first row of each user and, last, the number of rows, int64 [users + 1]."""
-    users = table["user_id"].combine_chunks()
-    changed = pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)
-    return np.concatenate([np.zeros(1, np.int64), np.flatnonzero(changed) + 1, np.array([len(users)], np.int64)])
+    def _segment(self, names: list[str], before: list[str], events: list[str]) -> str:
+        """Return the segment of the partitions `events` behind those that segments `names` hold."""
+        spec = self._spec(before, events)
 
+        def build(folder: Path) -> dict[str, Any]:
+            schema = self._schema(replaces=bool(before))
+            rows = exposures.exposures(self._sorted(events), self.vocabulary, self.declaration.actions)
+            batches = jagged_rows(rows, schema)
+            if before:
+                known = self._dataset([read_segment(self.parent / name) for name in names])
+                batches = self._appended(batches, known, [*before, *events], schema)
+            return write_segment(folder, batches, schema)
 
-def _cuts(bounds: np.ndarray, *, final: bool) -> Iterator[tuple[np.ndarray, int]]:
-    """Yield the bounds of each batch and the row it ends at.
+        return storage.ensure(self.parent, "segment", spec, build).folder.name
 
-    A batch closes with the user that brings it to MAX_BATCH_EVENTS, or with its MAX_BATCH_USERS-th. Unless `final`, the
-    last user may go on in rows not read yet, so a batch that reaches it stays open.
-    """
-    first, num_users = 0, len(bounds) - 1
-    while first < num_users:
-        full = int(np.searchsorted(bounds, bounds[first] + MAX_BATCH_EVENTS))
-        last = min(first + MAX_BATCH_USERS, full, num_users)
-        if last == num_users and not final:
+    def _base(self, dataset: SequenceDataset) -> str:
+        """Return the base of all partitions, from sequences that are there."""
+        schema = self._schema(replaces=False)
+        spec = self._spec([], self.digests)
+        blocks = ((dataset.ids_of(rows), block) for rows, block in dataset.blocks())
+        made = storage.ensure(
+            self.parent,
+            "segment",
+            spec,
+            lambda folder: write_segment(folder, jagged_rows(rows_of(blocks), schema), schema),
+        )
+        return made.folder.name
+
+    def _schema(self, *, replaces: bool) -> pa.Schema:
+        id_type = pa.int64() if self.declaration.user_id_type == "int64" else pa.string()
+        flag = [("replaces", pa.bool_())] if replaces else []
+        return pa.schema([("user_id", id_type), *flag, *((name, pa.large_list(pa.int64())) for name in LISTS)])
+
+    def _sorted(self, digests: list[str], late: pa.Array | None = None) -> Iterator[pa.Table]:
+        """Yield the events of partitions in the total order; of the users `late` alone, where given."""
+        files = [file for digest in digests for file in event_files(self.by_digest[digest])]
+        if len(digests) == 1 and late is None:
+            yield from events_of(files)
             return
-        yield bounds[first : last + 1], int(bounds[last])
-        first = last
+        chosen = "" if late is None else "SEMI JOIN late USING (user_id)"
+        tables = {} if late is None else {"late": pa.table({"user_id": late})}
+        with self.events.connect(**tables) as connection:
+            sorted_ = (
+                f"SELECT user_id, item_id, action, event_ts FROM {parquet_of(files)} {chosen} "  # noqa: S608
+                "ORDER BY user_id, event_ts, source_file, source_row"
+            )
+            for batch in connection.sql(sorted_).to_arrow_reader(exposures.STREAM_ROWS):
+                yield pa.Table.from_batches([batch])
+
+    def _appended(
+        self, batches: Iterator[pa.RecordBatch], known: SequenceDataset, digests: list[str], schema: pa.Schema
+    ) -> Iterator[pa.RecordBatch]:
+        """Yield the rows that go on where `known` ends, then, replacing all, those of users with a late event."""
+        late: list[pa.Array] = []
+        for batch in batches:
+            users = batch.column("user_id")
+            rows = known.rows_of(users)
+            first = batch.column("times").values.to_numpy()[batch.column("times").offsets.to_numpy()[:-1]]
+            old = np.flatnonzero(rows >= 0)
+            is_late = np.zeros(len(batch), bool)
+            is_late[old] = first[old] <= known.at(rows[old], known.lengths[rows[old]] - 1).times
+            late.append(users.filter(pa.array(is_late)))
+            if not is_late.all():
+                yield _compact(batch.filter(pa.array(~is_late)), schema)
+        if chosen := pa.concat_arrays(late) if sum(map(len, late)) else None:
+            whole = exposures.exposures(self._sorted(digests, chosen), self.vocabulary, self.declaration.actions)
+            for batch in jagged_rows(whole, schema):
+                yield batch.set_column(1, "replaces", pc.fill_null(pa.nulls(len(batch), pa.bool_()), True))
 
 
-def _batch(table: pa.Table, bounds: np.ndarray, schema: pa.Schema) -> pa.RecordBatch:
-    span = table.slice(bounds[0], bounds[-1] - bounds[0]).combine_chunks()
-    offsets = pa.array(bounds - bounds[0], pa.int64())
-    columns = [span["user_id"].combine_chunks().take(offsets[:-1]).cast(schema.field("user_id").type)]
-    for source in ("item", "actions", "event_ts"):
-        values = span[source].combine_chunks().cast(pa.int64())
-        columns.append(pa.LargeListArray.from_arrays(offsets, values))
+def _compact(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
+    """Return a filtered batch with lists that hold nothing but their rows."""
+    columns = []
+    for name in schema.names:
+        column = batch.column(name)
+        if name in LISTS:
+            lengths = np.diff(column.offsets.to_numpy())
+            offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
+            column = pa.LargeListArray.from_arrays(pa.array(offsets), column.flatten())
+        columns.append(column)
     return pa.RecordBatch.from_arrays(columns, schema=schema)
 
 
-def _facts(folder: Path, declaration: Declaration, vocabulary_folder: Path) -> dict[str, Any]:
-    vocabulary = vocabularies.Vocabulary.load(vocabulary_folder)
-    table = pa.ipc.open_file(pa.memory_map(str(folder / FILE))).read_all()
-    dataset = SequenceDataset(table, declaration, vocabulary, digest="")
+def _facts(dataset: SequenceDataset) -> dict[str, Any]:
     lengths = dataset.lengths
     return {
         "num_users": dataset.num_users,
-        "num_exposures": len(dataset.items),
-        "num_items": vocabulary.num_items,
+        "num_exposures": dataset.num_exposures,
+        "num_items": dataset.vocabulary.num_items,
         "min_length": int(lengths.min()),
         "median_length": float(np.median(lengths)),
         "max_length": int(lengths.max()),
-        "first_ts": int(dataset.times.min()),
-        "last_ts": int(dataset.times.max()),
-        "action_counts": {
-            name: int((dataset.actions >> bit & 1).sum()) for bit, name in enumerate(declaration.actions)
-        },
-        "splits": describe_targets(dataset),
     }

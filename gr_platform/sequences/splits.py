@@ -41,16 +41,15 @@ def describe_targets(dataset: "SequenceDataset") -> dict[str, dict[str, int]]:
     figures: dict[str, dict[str, int]] = {}
     for split in SPLITS:
         rows, positions = target_positions(dataset.lengths, split)
-        at = dataset.offsets[rows] + positions
+        target, before = dataset.at(rows, positions), dataset.at(rows, positions - 1)
+        asked = np.full(dataset.num_users, -1, np.int64)
+        ends = np.zeros(dataset.num_users, np.int64)
+        asked[rows], ends[rows] = target.items, positions
         repeats = 0
-        if len(rows):
-            owner = np.repeat(np.arange(dataset.num_users), dataset.lengths)
-            target_of = np.full(dataset.num_users, -1, np.int64)
-            end_of = np.zeros(dataset.num_users, np.int64)
-            target_of[rows], end_of[rows] = dataset.items[at], at
-            hit = (dataset.items == target_of[owner]) & (np.arange(len(dataset.items)) < end_of[owner])
-            repeats = len(np.unique(owner[hit]))
-        ties = int((dataset.times[at] == dataset.times[at - 1]).sum())
+        for users, history in dataset.blocks(ends=ends):
+            owner = history.owner
+            repeats += len(np.unique(owner[history.items == asked[users][owner]]))
+        ties = int((target.times == before.times).sum())
         figures[str(split)] = {"targets": len(rows), "ties": ties, "repeats": repeats}
     return figures
 
@@ -67,15 +66,17 @@ def check_no_leak(dataset: "SequenceDataset", *, ends: np.ndarray | None = None)
         rows, positions = target_positions(dataset.lengths, split)
         if bad := int((trained[rows] > positions).sum()):
             problems.append(f"{bad} users' {split} targets are among their training exposures")
-    owner = np.repeat(np.arange(dataset.num_users), dataset.lengths)
-    same_user = owner[1:] == owner[:-1]
-    if bad := int((same_user & (dataset.times[1:] < dataset.times[:-1])).sum()):
+    older = twice = 0
+    for _, block in dataset.blocks():
+        owner = block.owner
+        older += int(((owner[1:] == owner[:-1]) & (block.times[1:] < block.times[:-1])).sum())
+        order = np.lexsort((block.times, block.items, owner))
+        owner, items, times = owner[order], block.items[order], block.times[order]
+        twice += int(((owner[1:] == owner[:-1]) & (items[1:] == items[:-1]) & (times[1:] == times[:-1])).sum())
+    if older:
         problems.append(
-            f"{bad} exposures are older than the one before them, so histories hold events after the target"
+            f"{older} exposures are older than the one before them, so histories hold events after the target"
         )
-    order = np.lexsort((dataset.times, dataset.items, owner))
-    owner, items, times = owner[order], dataset.items[order], dataset.times[order]
-    twice = (owner[1:] == owner[:-1]) & (items[1:] == items[:-1]) & (times[1:] == times[:-1])
-    if bad := int(twice.sum()):
-        problems.append(f"{bad} exposures stand twice, so a target may be part of its own history")
+    if twice:
+        problems.append(f"{twice} exposures stand twice, so a target may be part of its own history")
     return problems

@@ -8,7 +8,7 @@ needs numpy and pyarrow alone: the model server imports this module.
 import hashlib
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +17,9 @@ import pyarrow.parquet as pq
 
 from gr_platform import storage
 from gr_platform.errors import UserError
+
+if TYPE_CHECKING:
+    from gr_platform.events.ingest import CleanEvents
 
 NUM_OOV = 4
 FILE = "vocabulary.parquet"
@@ -67,13 +70,17 @@ class Vocabulary:
     @cached_property
     def digest(self) -> str:
         """Hex BLAKE2b-160 over id type, bucket count and ids in order: what an index means."""
+        return self.digest_of_first(self.num_items)
+
+    def digest_of_first(self, num_items: int) -> str:
+        """Return the digest of the vocabulary as it was when it had `num_items` items."""
         state = hashlib.blake2b(f"{'string' if self.is_string else 'int64'},{NUM_OOV}".encode(), digest_size=20)
         if self.is_string:
-            for item in self.item_ids:
+            for item in self.item_ids[:num_items]:
                 data = item.encode()
                 state.update(len(data).to_bytes(8, "little") + data)
         else:
-            state.update(self.item_ids.astype("<i8").tobytes())
+            state.update(self.item_ids[:num_items].astype("<i8").tobytes())
         return state.hexdigest()
 
     def lookup(self, ids: Any) -> np.ndarray:
@@ -144,7 +151,7 @@ def build_vocabulary(home: Path, ds: str) -> storage.Result:
     known = Vocabulary.load(base.folder) if base else None
     if known is not None and known.is_string != (events.declaration.item_id_type == "string"):
         base = known = None
-    table = _item_table(events.query(_ITEMS), known)
+    table = _item_table(_items_of(events), known)
     vocabulary = Vocabulary(table)
 
     def build(folder: Path) -> dict[str, Any]:
@@ -164,14 +171,22 @@ def build_vocabulary(home: Path, ds: str) -> storage.Result:
 
 
 _ITEMS = """
-    SELECT item_id, sum(num_events)::BIGINT AS count, min(first_ts) AS first_ts, max(last_ts) AS last_ts, true AS active
-    FROM (
-        SELECT item_id, source_file, count(*) AS num_events, min(event_ts) AS first_ts, max(event_ts) AS last_ts
-        FROM events GROUP BY item_id, source_file
-    )
+    SELECT item_id, sum(count)::BIGINT AS count, min(first_ts) AS first_ts, max(last_ts) AS last_ts, true AS active
+    FROM items
     GROUP BY item_id
     ORDER BY min(source_file), arg_min(first_ts, source_file), item_id
 """
+
+
+def _items_of(events: "CleanEvents") -> pa.Table:
+    """Return the items of all partitions in their order of appearance, from what each partition counted."""
+    from gr_platform.events.cleaning import ITEMS
+    from gr_platform.events.database import connect, parquet_of
+
+    counted = parquet_of(folder / ITEMS for folder in events.partitions.values())
+    with connect(events.home) as connection:
+        connection.execute(f"CREATE VIEW items AS FROM {counted}")
+        return connection.sql(_ITEMS).to_arrow_table()
 
 
 def _current(parent: Path) -> storage.Result | None:

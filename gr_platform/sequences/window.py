@@ -4,6 +4,8 @@ Invariant: the start moves in chunks, so an appended event leaves the cached pre
 events (DESIGN: at the maximum length). `chunk = 1` is the sliding window of the paper.
 """
 
+import numpy as np
+
 
 def window_start(num_events: int, max_events: int, chunk: int) -> int:
     """Return the index of the first visible event of a history of `num_events`.
@@ -11,6 +13,9 @@ def window_start(num_events: int, max_events: int, chunk: int) -> int:
     0 while the history fits, then `chunk * ceil((num_events - max_events) / chunk)`; between `max_events - chunk + 1`
     and `max_events` events stay visible.
     """
-    if num_events <= max_events:
-        return 0
-    return chunk * -(-(num_events - max_events) // chunk)
+    return max(0, chunk * -(-(num_events - max_events) // chunk))
+
+
+def window_starts(num_events: np.ndarray, max_events: int, chunk: int) -> np.ndarray:
+    """Return `window_start` of many histories, int64 [B]."""
+    return np.maximum(0, chunk * -(-(np.asarray(num_events, np.int64) - max_events) // chunk))

@@ -8,10 +8,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from gr_platform.models.batch import EventBatch, History
+from gr_platform.models.batch import EventBatch
 from gr_platform.models.config import ModelConfig
 from gr_platform.sequences.dataset import SequenceDataset
-from gr_platform.sequences.window import window_start
+from gr_platform.sequences.window import window_starts
 from gr_platform.training.seeds import generator
 
 
@@ -20,13 +20,6 @@ def shuffled_batches(rows: np.ndarray, batch_size: int, *, seed: int, epoch: int
     order = generator(seed, "shuffle", epoch).permutation(rows)
     for begin in range(0, len(order), batch_size):
         yield order[begin : begin + batch_size]
-
-
-def visible_history(dataset: SequenceDataset, row: int, end: int, config: ModelConfig, *, also: int = 0) -> History:
-    """Return (items, actions, times) of the visible part of the user's first `end` exposures, and of `also` more."""
-    base = int(dataset.offsets[row])
-    window = slice(base + window_start(end, config.max_events, config.chunk), base + end + also)
-    return dataset.items[window], dataset.actions[window], dataset.times[window]
 
 
 def training_batch(dataset: SequenceDataset, rows: np.ndarray, ends: np.ndarray, config: ModelConfig) -> EventBatch:
@@ -46,6 +39,6 @@ def request_batch(
     The request time is that exposure's own. `with_target` appends the exposure itself as the last event: for ranking,
     whose item token sees neither its own action nor anything later.
     """
-    pairs = [(int(row), int(position)) for row, position in zip(rows, positions, strict=True)]
-    histories = [visible_history(dataset, row, position, config, also=int(with_target)) for row, position in pairs]
-    return EventBatch.of(histories, [int(dataset.times[int(dataset.offsets[row]) + at]) for row, at in pairs])
+    starts = window_starts(positions, config.max_events, config.chunk)
+    visible = dataset.gather(rows, starts, positions + int(with_target))
+    return EventBatch.of(visible.histories(), dataset.at(rows, positions).times)

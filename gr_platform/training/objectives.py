@@ -98,11 +98,12 @@ def objective_of(dataset: SequenceDataset, recipe: Recipe) -> Objective:
 
 def require_learnable_task(dataset: SequenceDataset) -> None:
     """Raise UserError unless some task is positive for some but not all exposures of the training part."""
-    lengths = dataset.lengths
-    ends = np.repeat(train_ends(lengths), lengths)
-    positions = np.arange(len(dataset.items)) - np.repeat(dataset.offsets[:-1], lengths)
-    actions = dataset.actions[positions < ends]
-    rates = {name: float(np.mean((actions & m) != 0)) for name, m in dataset.declaration.task_masks().items()}
+    ends = train_ends(dataset.lengths)
+    hits = dict.fromkeys(dataset.declaration.tasks, 0)
+    for _, trained in dataset.blocks(ends=ends):
+        for name, mask in dataset.declaration.task_masks().items():
+            hits[name] += int(np.count_nonzero(trained.actions & mask))
+    rates = {name: count / int(ends.sum()) for name, count in hits.items()}
     if len(dataset.declaration.actions) == 1:
         raise UserError(
             f"every event of the log is the same action ({dataset.declaration.actions[0]}), so there is nothing to "

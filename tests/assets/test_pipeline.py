@@ -211,7 +211,7 @@ def _bound(home: Path, text: str) -> None:
 
 def test_a_bound_that_may_be_passed_is_a_warning_and_a_broken_contract_an_error(home: Path) -> None:
     _bound(home, "max_quarantined = 0")
-    folder = next((home / "events" / DS).glob("ingest_date=*"))
+    folder = next((home / "events" / DS).glob("ingest_date=*/*"))
     manifest = storage.read_manifest(folder)
     facts = manifest.facts | {"quarantined": {"null_item": 1}}
     storage.write_manifest(folder, kind="events", spec=manifest.spec, facts=facts)
@@ -222,7 +222,7 @@ def test_a_bound_that_may_be_passed_is_a_warning_and_a_broken_contract_an_error(
 def test_materialize_ends_well_after_a_warning_and_fails_on_an_error(home: Path) -> None:
     seen: list[tuple[str, str]] = []
     _bound(home, "max_user_events = 1")
-    folder = next((home / "events" / DS).glob("ingest_date=*"))
+    folder = next((home / "events" / DS).glob("ingest_date=*/*"))
     manifest = storage.read_manifest(folder)
     storage.write_manifest(folder, kind="events", spec=manifest.spec, facts=manifest.facts | {"max_user_events": 2})
 

@@ -51,7 +51,7 @@ def make_dataset() -> Callable[..., SequenceDataset]:
                 "times": pa.array([[ms for _, _, ms in user] for user in users], as_lists),
             }
         )
-        return SequenceDataset(table, Declaration(name="made", **fields), Vocabulary(vocabulary), "made")
+        return SequenceDataset([table], Declaration(name="made", **fields), Vocabulary(vocabulary), "made")
 
     return make
 

@@ -124,5 +124,5 @@ def test_the_popularity_file_names_users_and_items_of_the_test_split(trained):
     dataset = SequenceDataset.current(home, "sim")
     table = pq.read_table(result.folder / "popularity.parquet")
     row = dataset.find_user(table["user_id"][0].as_py())
-    assert table["item"][0].as_py() == dataset.items[dataset.offsets[row + 1] - 1]
+    assert table["item"][0].as_py() == dataset.at([row], dataset.lengths[[row]] - 1).items[0]
     assert np.all(table["rank"].to_numpy() >= 1)

@@ -15,7 +15,7 @@ from gr_platform.events.bounds import Bounds, load_bounds
 from gr_platform.events.checks import CHECKS, SHOWN_ROWS, read_log, report
 from gr_platform.events.declaration import Declaration
 from gr_platform.events.judgements import Log, psi
-from gr_platform.events.partitions import partition_facts, stored_facts
+from gr_platform.events.partitions import partition_facts, partition_folders, publish, stored_facts
 
 NOW = 1_800_000_000_000
 DAY = 86_400_000
@@ -213,13 +213,14 @@ def test_bounds_are_overridden_by_a_file_and_a_misspelt_one_is_refused(tmp_path:
 
 
 def _partition(home: Path, date: str, table: pa.Table) -> Path:
-    folder = home / "events" / "made" / f"ingest_date={date}"
+    folder = home / "events" / "made" / f"ingest_date={date}" / "0f"
     folder.mkdir(parents=True)
     half = table.num_rows // 2
     pq.write_table(table.slice(0, half), folder / "events-000.parquet")
     pq.write_table(table.slice(half), folder / "events-001.parquet")
     pq.write_table(table.slice(0, 1), folder / "quarantine-0.parquet")
     storage.write_manifest(folder, kind="events", spec={}, facts=facts(rows_kept=table.num_rows))
+    publish(home, "made", partition_folders(home, "made") | {date: folder})
     return folder
 
 
@@ -236,7 +237,7 @@ def test_footers_tell_rows_types_and_nulls_of_all_files_of_a_partition(tmp_path:
     pq.write_table(pa.table({"user_id": ["a"]}), folder / "events-001.parquet")
     assert stored_facts(tmp_path, "made")[1][1]["types"] == {"user_id": "int64/string", "action": "missing/string"}
     (folder / "events-001.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UserError, match=r"events-001\.parquet of ingest_date=2026-01-02 is not a readable Parquet"):
+    with pytest.raises(UserError, match=r"events-001\.parquet of ingest_date=2026-01-02 is no readable Parquet"):
         stored_facts(tmp_path, "made")
 
 

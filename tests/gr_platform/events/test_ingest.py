@@ -17,7 +17,7 @@ FAR = 4_102_444_800  # 2100-01-01
 
 
 def quarantine(home, ds):
-    paths = sorted((home / "events" / ds).glob("ingest_date=*/quarantine-*.parquet"))
+    paths = sorted((home / "events" / ds).glob("ingest_date=*/*/quarantine-*.parquet"))
     return [row for path in paths for row in pq.ParquetFile(path).read().to_pylist()]
 
 
@@ -65,7 +65,7 @@ def test_infinite_values_and_missing_integer_ids_are_quarantined(home, rows, wri
 def test_events_are_sorted_by_user_time_and_source_order(home, rows, write_csv):
     import_file(write_csv([r | {"timestamp": r["timestamp"] // 2 * 2} for r in reversed(rows)]), home=home)
     result = ingest(home, "log")
-    events = pq.ParquetFile(result.partitions[0].folder / "events-0.parquet").read().to_pylist()
+    events = pq.ParquetFile(result.partitions[0].folder / "events-000.parquet").read().to_pylist()
     keys = [(e["user_id"], e["event_ts"], e["source_file"], e["source_row"]) for e in events]
     assert keys == sorted(keys)
     assert len(keys) == len(rows)
@@ -119,7 +119,7 @@ def test_the_same_rows_landed_on_two_days_count_once_in_what_later_stages_read(h
     import_file(write_csv(rows), home=home, ingest_date="2026-01-01")
     more = [*rows, rows[0] | {"timestamp": rows[0]["timestamp"] + 7}]
     import_file(write_csv(more, "again.csv"), home=home, dataset="log", ingest_date="2026-01-02")
-    assert ingest(home, "log").rows_kept == len(rows) + len(more)
+    assert ingest(home, "log").rows_kept == len(more)
     seen = clean_events(home, "log").query("SELECT source_file, count(*) AS n FROM events GROUP BY 1 ORDER BY 1")
     assert seen["n"].to_pylist() == [len(rows), 1]
 
@@ -163,7 +163,7 @@ def test_moving_a_file_to_another_day_removes_its_old_partition(home, rows, writ
 def test_a_damaged_partition_is_made_again(home, rows, write_csv):
     import_file(write_csv(rows), home=home)
     first = ingest(home, "log")
-    (first.partitions[0].folder / "events-0.parquet").write_bytes(b"PAR1")
+    (first.partitions[0].folder / "events-000.parquet").write_bytes(b"PAR1")
     second = ingest(home, "log")
     assert (second.reused, second.digest) == (False, first.digest)
     shutil.rmtree(first.partitions[0].folder)

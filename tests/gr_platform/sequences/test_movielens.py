@@ -29,7 +29,7 @@ def test_counts_are_the_published_ones(ml_1m):
     home, result, dataset = ml_1m
     assert result.quarantined == {"null_time": 279}
     assert (result.rows_in, result.rows_kept, result.duplicates) == (1_000_209, 999_930, 0)
-    assert (dataset.num_users, len(dataset.items), dataset.vocabulary.num_items) == (6_040, 999_930, 3_616)
+    assert (dataset.num_users, dataset.num_exposures, dataset.vocabulary.num_items) == (6_040, 999_930, 3_616)
     assert titles(home, "ml-1m")[1] == "Toy Story (1995)"
     assert check_no_leak(dataset) == []
     assert describe_targets(dataset)["test"] == {"targets": 6_040, "ties": 2_544, "repeats": 0}
@@ -39,13 +39,13 @@ def test_popularity_has_its_known_hit_rate(ml_1m):
     """HR@10 .0364, leave-one-out, history filtered, whole catalogue."""
     _, _, dataset = ml_1m
     rows, positions = target_positions(dataset.lengths, "test")
-    place = np.arange(len(dataset.items)) - np.repeat(dataset.offsets[:-1], dataset.lengths)
-    trained = place < np.repeat(train_ends(dataset.lengths) + 1, dataset.lengths)
-    counts = np.bincount(dataset.items[trained], minlength=dataset.vocabulary.num_rows)
+    _, trained = next(dataset.blocks(ends=train_ends(dataset.lengths) + 1))
+    counts = np.bincount(trained.items, minlength=dataset.vocabulary.num_rows)
+    assert len(trained) == dataset.num_users
     hits = 0
     for row, position in zip(rows, positions, strict=True):
         scores = counts.copy()
         items, _, _ = dataset.history(row, position)
         scores[items] = -1
-        hits += (scores > scores[dataset.items[dataset.offsets[row] + position]]).sum() < 10
+        hits += (scores > scores[dataset.at([row], [position]).items[0]]).sum() < 10
     assert hits / len(rows) == pytest.approx(0.0364, abs=0.0006)

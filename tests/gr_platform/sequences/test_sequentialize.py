@@ -8,7 +8,7 @@ from gr_platform import storage
 from gr_platform.errors import UserError
 from gr_platform.events.ingest import ingest
 from gr_platform.events.landing import import_file
-from gr_platform.sequences import sequentialize as module
+from gr_platform.sequences import exposures
 from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.sequentialize import sequentialize
 from gr_platform.sequences.vocabulary import build_vocabulary
@@ -23,6 +23,19 @@ def history(dataset, user):
     return list(zip(dataset.vocabulary.ids(items).tolist(), actions.tolist(), (times - START_MS).tolist(), strict=True))
 
 
+def segment(home, at=0):
+    """Return the folder of a segment of the current sequences."""
+    made = storage.current(home / "sequences" / "log", "sequences")
+    return made.parent / storage.read_manifest(made).facts["segments"][at]
+
+
+def content(dataset):
+    """Return everything a data set holds, comparable."""
+    _, block = next(iter(dataset.blocks()))
+    arrays = (dataset.user_ids, block.offsets, block.items, block.actions, block.times)
+    return [array.tolist() for array in arrays] + [dataset.vocabulary.item_ids.tolist()]
+
+
 def test_rows_of_one_user_item_and_time_are_one_exposure(make):
     rows = [(1, 7, "view", 5), (1, 8, "view", 5), (1, 7, "buy", 5), (1, 7, "view", 6), (2, 7, "buy", 5)]
     dataset = make([*crowd(), *rows])
@@ -30,7 +43,7 @@ def test_rows_of_one_user_item_and_time_are_one_exposure(make):
     assert history(dataset, 1) == [(7, 3, 5), (8, 1, 5), (7, 1, 6)]
     assert history(dataset, 2) == [(7, 2, 5)]
     assert dataset.num_users == 12
-    assert dataset.offsets[-1] == len(dataset.items) == len(dataset.actions) == len(dataset.times) == 44
+    assert dataset.num_exposures == 44
 
 
 def test_ties_keep_source_order_across_files(make):
@@ -39,26 +52,42 @@ def test_ties_keep_source_order_across_files(make):
     assert history(dataset, 1) == [(6, 1, 4), (9, 3, 5), (3, 1, 5), (1, 1, 5)]
 
 
-def test_arrays_are_views_of_the_memory_map_and_read_only(make):
+def test_what_is_read_is_a_copy_of_one_span_after_the_other(make):
     dataset = make(crowd())
-    for array in (dataset.items, dataset.actions, dataset.times):
+    rows, starts, stops = np.array([3, 0, 3]), np.array([1, 0, 0]), np.array([3, 0, 4])
+    found = dataset.gather(rows, starts, stops)
+    whole = dataset.history(3, 4)
+    for array, expected in zip((found.items, found.actions, found.times), whole, strict=True):
         assert array.dtype == np.int64
-        assert not array.flags.owndata
-        assert not array.flags.writeable
-    assert dataset.offsets.dtype == dataset.lengths.dtype == np.int64
-    assert dataset.offsets[0] == 0
-    assert (np.diff(dataset.offsets) == dataset.lengths).all()
+        assert array.flags.owndata
+        assert array.tolist() == [*expected[1:3], *expected]
+    assert found.offsets.tolist() == [0, 2, 2, 6]
+    assert found.owner.tolist() == [0, 0, 2, 2, 2, 2]
+    assert found.positions.tolist() == [0, 1, 0, 1, 2, 3]
+    with pytest.raises(ValueError, match="inside"):
+        dataset.gather(rows, starts, stops + 1)
+
+
+def test_blocks_are_all_users_once_and_no_larger_than_asked(make):
+    dataset = make([*crowd(), *((1, item, "view", item) for item in range(9))])
+    blocks = list(dataset.blocks(max_events=10))
+    assert np.concatenate([rows for rows, _ in blocks]).tolist() == list(range(dataset.num_users))
+    assert (
+        np.concatenate([block.items for _, block in blocks]).tolist() == next(iter(dataset.blocks()))[1].items.tolist()
+    )
+    assert all(len(block.items) <= 10 for _, block in blocks)
 
 
 def test_the_file_is_read_without_code_of_ours(make, home):
     make(crowd())
-    folder = storage.current(home / "sequences" / "log", "sequences")
+    made = storage.current(home / "sequences" / "log", "sequences")
+    facts = storage.read_manifest(made, verify=True).facts
+    folder = segment(home)
     table = pa.ipc.open_file(str(folder / "sequences.arrow")).read_all()
     assert table.column_names == ["user_id", "items", "actions", "times"]
     assert table.schema.field("items").type == pa.large_list(pa.int64())
     assert table["user_id"].to_pylist() == sorted(range(90, 100))
-    facts = storage.read_manifest(folder, verify=True).facts
-    assert (facts["num_users"], facts["num_exposures"], facts["action_counts"]) == (10, 40, {"view": 40})
+    assert (facts["num_users"], facts["num_exposures"], facts["max_length"]) == (10, 40, 4)
     expected = list(zip(table["user_id"].to_pylist(), table["items"].to_pylist(), strict=True))
     assert pl.read_ipc(folder / "sequences.arrow").select("user_id", "items").rows() == expected
     with duckdb.connect() as connection:
@@ -78,20 +107,19 @@ def test_the_same_events_give_the_same_bytes_and_a_second_run_reuses_them(make, 
 
 def test_batch_boundaries_depend_on_content_alone(make, home, monkeypatch):
     whole = make(crowd() + [(1, 700 + i % 50, "view", i) for i in range(500)] + [(200, 1, "view", 0)])
-    monkeypatch.setattr(module, "MAX_BATCH_USERS", 3)
-    monkeypatch.setattr(module, "MAX_BATCH_EVENTS", 9)
-    folder = storage.current(home / "sequences" / "log", "sequences")
+    monkeypatch.setattr(exposures, "MAX_BATCH_USERS", 3)
+    monkeypatch.setattr(exposures, "MAX_BATCH_EVENTS", 9)
+    folder = segment(home)
     files = set()
     for stream_rows in (1, 5, 100_000):
-        monkeypatch.setattr(module, "_STREAM_ROWS", stream_rows)
+        monkeypatch.setattr(exposures, "STREAM_ROWS", stream_rows)
         (folder / "manifest.json").unlink()
         again = SequenceDataset.open(sequentialize(home, "log").folder)
         batches = pa.ipc.open_file(str(folder / "sequences.arrow"))
         sizes = [batches.get_batch(i).num_rows for i in range(batches.num_record_batches)]
         assert sizes == [1, 3, 3, 3, 2]
         files.add((folder / "sequences.arrow").read_bytes())
-        for name in ("user_ids", "offsets", "items", "actions", "times"):
-            assert np.array_equal(getattr(whole, name), getattr(again, name))
+        assert content(whole) == content(again)
     assert len(files) == 1
 
 
@@ -128,8 +156,8 @@ def test_unfinished_sequences_say_what_to_do(home, land):
     build_vocabulary(home, "log")
     with pytest.raises(UserError, match="no sequences yet"):
         SequenceDataset.current(home, "log")
-    folder = sequentialize(home, "log").folder
-    (folder / "sequences.arrow").write_bytes(b"ARROW1")
+    sequentialize(home, "log")
+    (segment(home) / "sequences.arrow").write_bytes(b"ARROW1")
     with pytest.raises(UserError, match="missing or damaged"):
         SequenceDataset.current(home, "log")
     assert not sequentialize(home, "log").reused
@@ -159,4 +187,4 @@ def test_a_worked_csv_example_runs_end_to_end(tmp_path, home):
     dataset = SequenceDataset.open(sequentialize(home, "shop").folder)
     assert (dataset.num_users, dataset.lengths.tolist()) == (12, [5] * 12)
     row = dataset.find_user("c3")
-    assert dataset.actions[dataset.offsets[row]] == 3
+    assert dataset.history(row, 1)[1] == 3

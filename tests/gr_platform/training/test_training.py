@@ -166,7 +166,7 @@ def test_no_batch_holds_a_held_out_event_and_every_user_comes_once(cycle_dataset
             batch = training_batch(cycle_dataset, rows[chosen], ends[chosen], config)
             for index, row in enumerate(rows[chosen]):
                 times = batch.times[batch.offsets[index] : batch.offsets[index + 1]]
-                held_out = cycle_dataset.times[cycle_dataset.offsets[row + 1] - 2]
+                held_out = cycle_dataset.history(row, cycle_dataset.lengths[row])[2][-2]
                 assert times.max() < held_out
             seen += rows[chosen].tolist()
         assert sorted(seen) == rows.tolist()

@@ -1,0 +1,218 @@
+"""Days that come in one by one give what a replay of all of them gives: late, twice, out of order, killed half-way."""
+
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from gr_platform import storage
+from gr_platform.events.ingest import ingest
+from gr_platform.events.landing import import_file
+from gr_platform.sequences import sequentialize as module
+from gr_platform.sequences.dataset import SequenceDataset
+from gr_platform.sequences.sequentialize import sequentialize
+from gr_platform.sequences.splits import check_no_leak
+from gr_platform.sequences.vocabulary import build_vocabulary
+
+from .conftest import START_MS, Row, crowd
+from .test_sequentialize import content, history
+
+DAY = 86_400_000
+
+
+def names(home: Path) -> list[str]:
+    """Return the segments of the current sequences."""
+    made = storage.current(home / "sequences" / "log", "sequences")
+    return list(storage.read_manifest(made).facts["segments"])
+
+
+def sequences(home: Path) -> SequenceDataset:
+    build_vocabulary(home, "log")
+    return SequenceDataset.open(sequentialize(home, "log").folder)
+
+
+def conserved(home: Path) -> None:
+    """Assert for every partition that no row came in that is not accounted for, counting the files' own rows."""
+    for each in ingest(home, "log").partitions:
+        facts = each.manifest.facts
+        kept = sum(pq.read_metadata(file).num_rows for file in each.folder.glob("events-*.parquet"))
+        broken = pq.read_metadata(each.folder / "quarantine-0.parquet").num_rows
+        assert facts["rows_in"] == kept + broken + facts["duplicates"]
+        assert (facts["rows_kept"], sum(facts["quarantined"].values())) == (kept, broken)
+
+
+@pytest.fixture
+def days(make: Callable[..., SequenceDataset]) -> Callable[[list[Row], int], SequenceDataset]:
+    """Return days(rows, number): the sequences after a day more, its file and ingest date named by its number."""
+    return lambda rows, number: make(rows, f"day{number}", ingest_date=f"2026-01-{number + 1:02d}")
+
+
+def test_a_day_more_appends_a_segment_and_leaves_the_base_as_it_is(home, days):
+    days([*crowd(), *((1, 500, "view", at) for at in range(100))], 0)
+    first = names(home)
+    before = (home / "sequences" / "log" / first[0] / "sequences.arrow").stat()
+    dataset = days([(90, 999, "view", 200), (1, 500, "buy", 200), (7, 501, "view", 200)], 1)
+    assert names(home)[:1] == first
+    assert len(names(home)) == 2
+    assert (home / "sequences" / "log" / first[0] / "sequences.arrow").stat().st_mtime_ns == before.st_mtime_ns
+    assert history(dataset, 90)[-1] == (999, 1, 200)
+    assert history(dataset, 7) == [(501, 1, 200)]
+    assert history(dataset, 1)[-2:] == [(500, 1, 99), (500, 2, 200)]
+    assert dataset.num_users == 12
+    assert dataset.user_ids.tolist() == sorted(dataset.user_ids.tolist())
+
+
+def test_a_late_event_comes_to_its_place_and_its_ingest_date(home, days):
+    others = [(user, 500, "view", at) for user in range(200, 300) for at in range(4)]
+    days([*crowd(), *others, *((1, 500 + at % 3, "view", 10 * at) for at in range(40))], 0)
+    dataset = days([(1, 503, "view", 55), (90, 504, "view", 5_000), (1, 501, "buy", 10)], 1)
+    assert len(names(home)) == 2
+    mine = history(dataset, 1)
+    assert [at for _, _, at in mine] == sorted([*range(0, 400, 10), 55])
+    assert mine[1] == (501, 3, 10)  # the late purchase joins the exposure that was there
+    assert mine[6] == (503, 1, 55)
+    late = ingest(home, "log").partitions[1]
+    assert (late.ingest_date, late.manifest.facts["num_late"], late.manifest.facts["rows_kept"]) == ("2026-01-02", 2, 3)
+    assert check_no_leak(dataset) == []
+
+
+def test_segments_are_compacted_to_what_one_build_gives(home, days, tmp_path):
+    all_days = [[*crowd(100 * n), (n, 500 + n, "view", 100 * n), (1, 500, "buy", 7)] for n in range(5)]
+    sizes = []
+    for number, rows in enumerate(all_days):
+        dataset = days(rows, number)
+        sizes.append(len(names(home)))
+    assert 1 in sizes[1:]
+    assert all(size <= 3 for size in sizes)
+    shutil.copytree(home / "landing", tmp_path / "replay" / "landing")
+    ingest(tmp_path / "replay", "log")
+    replayed = sequences(tmp_path / "replay")
+    assert content(replayed) == content(dataset)
+    assert replayed.digest == dataset.digest
+
+
+events = st.tuples(st.integers(1, 4), st.integers(1, 6), st.sampled_from(["view", "buy"]), st.integers(0, 12))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    all_days=st.lists(st.lists(events, min_size=1, max_size=12), min_size=2, max_size=4),
+    dates=st.permutations([3, 4, 5, 3]),
+    compact=st.sampled_from([0.0, 0.2, 1.0]),
+)
+def test_incremental_equals_replay(tmp_path_factory, all_days, dates, compact):
+    """Random days with ties, repeats of other days, late events and dates that run backwards."""
+    folder = tmp_path_factory.mktemp("days")
+    made = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "COMPACT_SHARE", compact)
+        for incremental in (True, False):
+            home = folder / f"incremental-{incremental}"
+            for number, day in enumerate(all_days):
+                rows = [*crowd(3 * number), (1, 1, "view", 0), (1, 1, "buy", 0), *day]
+                users, items, actions, times = (list(column) for column in zip(*rows, strict=True))
+                table = {"user_id": users, "item_id": items, "action": actions}
+                pq.write_table(pa.table(table | {"event_ts": [START_MS + at for at in times]}), folder / "day.parquet")
+                # The same rows may come as the same file: the ledger knows it, and its date moves.
+                import_file(
+                    folder / "day.parquet",
+                    home=home,
+                    dataset="log",
+                    ingest_date=f"2026-01-0{dates[number]}",
+                )
+                if incremental:
+                    ingest(home, "log")
+                    sequences(home)
+            result = ingest(home, "log")
+            conserved(home)
+            made.append((content(sequences(home)), result.digest, result.rows_kept, result.duplicates))
+    assert made[0] == made[1]
+
+
+def test_the_same_file_twice_or_renamed_counts_once(home, days, tmp_path):
+    rows = [*crowd(), (1, 500, "view", 5)]
+    first = days(rows, 0)
+    (tmp_path / "day0.parquet").rename(tmp_path / "renamed.parquet")
+    for _ in range(2):
+        import_file(tmp_path / "renamed.parquet", home=home, dataset="log")
+        assert ingest(home, "log").reused
+        assert sequences(home).digest == first.digest
+
+
+STAGES = """
+import sys
+from pathlib import Path
+from gr_platform.events.ingest import ingest
+from gr_platform.sequences.vocabulary import build_vocabulary
+from gr_platform.sequences.sequentialize import sequentialize
+home, kill_at = Path(sys.argv[1]), int(sys.argv[2])
+import os, signal, builtins
+from gr_platform import storage
+calls = 0
+def counted(function):
+    def run(*arguments, **named):
+        global calls
+        calls += 1
+        if calls == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        done = function(*arguments, **named)
+        calls += 1
+        if calls == kill_at:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return done
+    return run
+# Every step by which something becomes visible or goes away, before and after it.
+os.rename, os.replace = counted(os.rename), counted(os.replace)
+import shutil
+shutil.rmtree = counted(shutil.rmtree)
+import pyarrow.parquet as pq
+pq.write_table = counted(pq.write_table)
+storage.write_manifest = counted(storage.write_manifest)
+ingest(home, "log"); build_vocabulary(home, "log"); sequentialize(home, "log")
+print(calls)
+"""
+
+
+def _stages(home: Path, kill_at: int) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-c", STAGES, str(home), str(kill_at)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+
+
+def test_killed_at_any_step_the_last_good_state_is_readable_and_a_rerun_finishes(home, days, land, tmp_path):
+    days([*crowd(), *((1, 500 + at % 3, "view", 10 * at) for at in range(40))], 0)
+    old = content(SequenceDataset.current(home, "log"))
+    old_digest = ingest(home, "log").digest
+    rows = {"user_id": [1, 7, 7], "item_id": [600, 500, 500], "action": ["view"] * 3}
+    pq.write_table(pa.table(rows | {"event_ts": [START_MS + at for at in (15, 900, 900)]}), tmp_path / "more.parquet")
+    import_file(tmp_path / "more.parquet", home=home, dataset="log", ingest_date="2026-01-01")
+    done = shutil.copytree(home, tmp_path / "done")
+    finished = _stages(done, 0)
+    assert finished.returncode == 0, finished.stderr
+    num_steps = int(finished.stdout)
+    expected = content(SequenceDataset.current(done, "log"))
+    assert expected != old
+    assert num_steps > 20
+    for kill_at in range(1, num_steps + 1, max(1, num_steps // 6)):
+        killed = shutil.copytree(home, tmp_path / f"killed{kill_at}")
+        assert _stages(killed, kill_at).returncode == -signal.SIGKILL
+        assert content(SequenceDataset.current(killed, "log")) in (old, expected)
+        assert _partitions_are_whole(killed)
+        ingest(killed, "log")
+        assert content(sequences(killed)) == expected
+        assert not list((killed / "events" / "log").glob(".building-*"))
+        assert ingest(killed, "log").digest != old_digest
+
+
+def _partitions_are_whole(home: Path) -> bool:
+    from gr_platform.events.partitions import partition_folders
+
+    folders = partition_folders(home, "log").values()
+    return all(storage.read_manifest(folder, verify=True) for folder in folders) and len(folders) == 1
