@@ -20,16 +20,21 @@ def _run_folder(platform: Platform, name: str) -> Path:
 
 def _model_leakage(platform: Platform, kind: Kind) -> dg.AssetCheckResult:
     from gr_platform.sequences.dataset import SequenceDataset
-    from gr_platform.sequences.splits import check_no_leak
+    from gr_platform.sequences.splits import by_time, check_no_leak, newest_time
     from gr_platform.training.loop import trained_ends
 
     dataset = SequenceDataset.current(platform.folder(), platform.dataset_name())
     folder = _run_folder(platform, f"{kind}_model")
     if storage.read_manifest(folder).spec["sequences"] != dataset.digest:
-        faults = ["it was trained on other sequences than the current ones"]
+        faults, figures = ["it was trained on other sequences than the current ones"], {}
     else:
-        faults = check_no_leak(dataset, ends=trained_ends(folder, dataset.num_users))
-    return verdict(f"{kind}_model no_leakage", faults, "no held-out exposure was trained on")
+        ends = trained_ends(folder, dataset.num_users)
+        faults = check_no_leak(dataset, ends=ends)
+        # By time, this model may only be judged on what came after all that it saw: how much of that is there?
+        trained_until = newest_time(dataset, ends)
+        after = by_time(dataset, trained_until + 1)
+        figures = {"trained_until_ms": trained_until, "users_with_targets_after": len(after.targets)}
+    return verdict(f"{kind}_model no_leakage", faults, "no held-out exposure was trained on", metadata=figures)
 
 
 @dg.asset_check(asset="retrieval_model", name="no_leakage", blocking=True)

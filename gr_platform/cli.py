@@ -16,6 +16,7 @@ from gr_platform import settings
 from gr_platform.commands import logs, options
 from gr_platform.commands.messages import complain as _complain
 from gr_platform.commands.messages import say as _say
+from gr_platform.commands.messages import say_each as _say_each
 from gr_platform.errors import sentence_for
 
 app = typer.Typer(
@@ -26,8 +27,6 @@ app = typer.Typer(
     rich_markup_mode="rich",
 )
 
-INTERRUPTED = 130
-
 
 def main() -> None:
     """Run `gr`; exit with status 2 and one sentence for what the user can mend."""
@@ -35,7 +34,7 @@ def main() -> None:
         logs.to_file(settings.home())
         app()
     except SystemExit as end:
-        if end.code == INTERRUPTED:
+        if end.code == options.INTERRUPTED:
             _complain("stopped", "what was finished is kept, and the same command goes on from there")
         raise
     except Exception as error:
@@ -92,8 +91,7 @@ def import_(
     named = {name: value for name, value in locals().items() if name not in ("source", "dry_run")}
     from gr_platform.commands.importing import Import, report
 
-    for line in report(Import(source=source, home=settings.home(), dry_run=dry_run, named=named)):
-        _say(line)
+    _say_each(report(Import(source=source, home=settings.home(), dry_run=dry_run, named=named)))
 
 
 @app.command()
@@ -104,15 +102,25 @@ def fetch(name: options.PublicDataset = None, out: options.FetchFolder = None) -
     """
     from gr_platform.commands.fetching import report
 
-    for line in report(name, out or settings.home() / "downloads"):
-        _say(line)
+    _say_each(report(name, out or settings.home() / "downloads"))
+
+
+@app.command()
+def forget(user: options.Forgotten, dataset: options.Dataset = None, yes: options.Yes = False) -> None:
+    """Erase a person's events from the landed logs, the events and the sequences, and record that it was done.
+
+    Example: gr forget --user 42
+    """
+    from gr_platform.commands.forgetting import report
+
+    _say_each(report(settings.home(), dataset or settings.dataset(), user, sure=yes))
 
 
 @app.command()
 def simulate(
     out: Annotated[Path, typer.Option(help="A .parquet file, or a folder for parts of ten million rows each.")],
     events: Annotated[int, typer.Option(help="About how many events.")] = 200_000,
-    seed: Annotated[int, typer.Option(help="Same seed, same log.", min=0)] = 7,
+    seed: options.Seed = 7,
 ) -> None:
     """Write a synthetic log of any size: views, likes and purchases of drifting tastes.
 
@@ -211,8 +219,7 @@ def status() -> None:
     """Show the data sets, the current models, who is champion, and what runs."""
     from gr_platform.commands.status import report
 
-    for line in report(settings.home()):
-        _say(line)
+    _say_each(report(settings.home()))
 
 
 @app.command()
@@ -270,16 +277,17 @@ def score(
 def bench(
     name: Annotated[str, typer.Argument(help="Benchmark; all if not given.")] = "all",
     aot: Annotated[bool, typer.Option("--aot", help="With kernels: compile them for each GPU.")] = False,
+    events: Annotated[int | None, typer.Option(help="With ingest: size of the log; default 10 million.")] = None,
     json: Annotated[Path | None, typer.Option(help="Also write the rows to this file.")] = None,
 ) -> None:
     """Measure against the alternatives, in one run on this machine.
 
-    Examples: gr bench attention --json attention.json | gr bench kernels --aot
+    Examples: gr bench attention --json attention.json | gr bench kernels --aot | gr bench ingest --events 30_000_000
     """
     from gr_platform.commands import bench as benches
     from gr_platform.commands import display
 
-    rows = benches.run(name, aot=aot)
+    rows = benches.run(name, aot=aot, num_events=events)
     Console().print(display.bench_table(benches.worst(rows) if aot else rows))
     if json is not None:
         benches.write(rows, json)

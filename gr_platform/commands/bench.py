@@ -20,23 +20,31 @@ BENCHES = {
     "kernels": ("kernels.bench:kernels", "predicted time of every kernel on GPUs; --aot: compiled for them instead"),
     "step": ("gr_platform.training.bench:run", "an ML-1M training step, its parts, and the same elsewhere (2 min)"),
     "memory": ("kernels.bench:memory", "what a layer keeps for its backward, against a Transformer layer"),
+    "ingest": ("gr_platform.events.bench:run", "a log to sequences, stage by stage, against a bare sort (1 min)"),
+    "reader": ("gr_platform.sequences.bench:run", "training batches a second from warm files (1 min)"),
     "serving": ("serving.bench:run", "model server: time to ready, cold and cached requests, gRPC overhead (1 min)"),
 }
 AOT_PROCESSES = 2
+MIN_EVENTS = 20_000
 Row = dict[str, Any]
 
 
-def run(name: str, *, aot: bool = False) -> list[Row]:
+def run(name: str, *, aot: bool = False, num_events: int | None = None) -> list[Row]:
     """Return the rows of a benchmark, or of all, with `ok` filled in: whether the value reaches its target.
 
-    aot: of "kernels", what each kernel takes when compiled for each GPU. Raises UserError for another name.
+    aot: of "kernels", what each kernel takes when compiled for each GPU. num_events: size of the log of "ingest".
+    Raises UserError for another name.
     """
     if name != "all" and name not in BENCHES:
         raise UserError(f"there is no benchmark {name!r}; choose all, {', '.join(BENCHES)}")
     if aot and name != "kernels":
         raise UserError(f"--aot compiles kernels, it got benchmark {name!r}; run: gr bench kernels --aot")
+    if num_events is not None and (name != "ingest" or num_events < MIN_EVENTS):
+        raise UserError(f"--events is the size of a log for the benchmark ingest, at least {MIN_EVENTS:,}")
     if aot:
         rows = compiled_kernels()
+    elif num_events is not None:
+        rows = import_module("gr_platform.events.bench").run(settings.num_threads(), num_events)
     else:
         names = BENCHES if name == "all" else (name,)
         rows = [row for each in names for row in runner(each)(settings.num_threads())]

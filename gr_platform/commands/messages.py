@@ -4,6 +4,7 @@ Invariant: only light modules are imported, since every command begins here; tex
 markup.
 """
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from rich.console import Console
@@ -15,6 +16,12 @@ from gr_platform import settings
 def say(text: str) -> None:
     """Print one line, exactly as it is."""
     Console().print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def say_each(lines: Iterable[str]) -> None:
+    """Print lines as they come: what happens between them happens between."""
+    for line in lines:
+        say(line)
 
 
 def complain(what: str, sentence: str) -> None:

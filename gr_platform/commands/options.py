@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 MAX_PORT = 65535
+INTERRUPTED = 130
 ACTIVE = "Data set; default: GR_DATASET, else the one imported last."
 GIVEN = "Data set to add to; default: the name the file gives itself, else the file's."
 DECLARATION = "Declaration of the data set: ml-1m, ml-20m, retailrocket, amazon-sports, amazon-books, or a TOML file."
@@ -45,6 +46,9 @@ IngestDate = Annotated[str | None, typer.Option(help="Partition YYYY-MM-DD; defa
 PublicDataset = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Public data set; default: list them.")]
 FetchFolder = Annotated[Path | None, typer.Option(help="Folder of downloads; default: downloads/ in the state folder.")]
 CardFile = Annotated[Path, typer.Option(help="HTML file to write.")]
+Seed = Annotated[int, typer.Option(help="Same seed, same log.", min=0)]
+Forgotten = Annotated[str, typer.Option("--user", help="The user to erase.")]
+Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 User = Annotated[str, typer.Option(help="A user of the served data set.")]
 Items = Annotated[str, typer.Option(help=ITEMS)]
 RequestTime = Annotated[int | None, typer.Option(help="Time of the request, ms UTC; default: that of the last event.")]

@@ -1,7 +1,7 @@
-"""How a model is judged: leave-one-out, against the whole catalogue or at the exposure itself.
+"""How a model is judged, leave-one-out or by time: against the whole catalogue or at the exposure itself.
 
-Invariant: a model, the popularity baseline and the server answer the same question: the history is every exposure
-before the target, the request comes at the target's time, inactive and (where declared) seen items are not returned.
+Invariant: a model, the popularity baseline and the server answer the same question: the history is what the split says
+is known, the request comes at the target's time, inactive and (where declared) seen items are not returned.
 """
 
 from dataclasses import dataclass, replace
@@ -12,12 +12,15 @@ import torch
 
 from gr_platform.evaluation.metrics import binary_metrics, rank_metrics
 from gr_platform.evaluation.popularity import train_counts
-from gr_platform.evaluation.ranks import Ranked, Targets, rank_targets, require_finite
+from gr_platform.evaluation.ranks import Ranked, rank_targets, require_finite
+from gr_platform.models.batch import EventBatch
+from gr_platform.models.config import ModelConfig
 from gr_platform.models.ranking import RankingModel
 from gr_platform.models.retrieval import RetrievalModel
-from gr_platform.sequences.dataset import SequenceDataset
-from gr_platform.sequences.splits import Split, target_positions
-from gr_platform.training.batches import request_batch
+from gr_platform.sequences.dataset import Jagged, SequenceDataset
+from gr_platform.sequences.k_core import k_core as core_of
+from gr_platform.sequences.splits import Holdout, Split, Targets, leave_one_out
+from gr_platform.sequences.window import window_starts
 from gr_platform.training.seeds import generator
 
 FORWARD_USERS = 128
@@ -34,27 +37,42 @@ class Judged:
 
 
 def split_targets(
-    dataset: SequenceDataset, split: Split, *, positives_only: bool, max_users: int | None = None
+    dataset: SequenceDataset,
+    split: Split | Holdout,
+    *,
+    positives_only: bool,
+    max_users: int | None = None,
+    k_core: int = 0,
 ) -> Targets:
-    """Return the targets of `split`; with `max_users` a fixed random sample of them, in the data set's order.
+    """Return the targets of `split`; with `max_users` a fixed random sample of so many, in the data set's order.
 
-    `positives_only` leaves out targets without a positive action: what retrieval is asked for.
+    `positives_only` leaves out targets without a positive action: what retrieval is asked for. `k_core` > 0 leaves out
+    those whose user or item is not in the k-core of the training part.
     """
-    rows, positions = target_positions(dataset.lengths, split)
+    holdout = holdout_of(dataset, split)
+    targets = holdout.targets
+    asked = dataset.at(targets.rows, targets.positions)
+    wanted = np.ones(len(targets), bool)
     if positives_only:
-        wanted = (dataset.at(rows, positions).actions & dataset.declaration.positive_mask()) != 0
-        rows, positions = rows[wanted], positions[wanted]
-    if max_users is not None and len(rows) > max_users:
-        kept = np.sort(generator(0, "sample").choice(len(rows), max_users, replace=False))
-        rows, positions = rows[kept], positions[kept]
-    return Targets(rows=rows, positions=positions)
+        wanted &= (asked.actions & dataset.declaration.positive_mask()) != 0
+    if k_core:
+        wanted &= core_of(dataset, holdout.ends, k_core).holds(targets.rows, asked.items)
+    targets = targets[wanted]
+    if max_users is not None and len(targets) > max_users:
+        targets = targets[np.sort(generator(0, "sample").choice(len(targets), max_users, replace=False))]
+    return targets
+
+
+def holdout_of(dataset: SequenceDataset, split: Split | Holdout) -> Holdout:
+    """Return the holdout itself, or leave-one-out's of that name."""
+    return split if isinstance(split, Holdout) else leave_one_out(dataset, split)
 
 
 @torch.inference_mode()
 def rank_by_model(
     model: RetrievalModel,
     dataset: SequenceDataset,
-    split: Split,
+    split: Split | Holdout,
     *,
     chunk: int | None = None,
     max_users: int | None = None,
@@ -63,7 +81,7 @@ def rank_by_model(
     config = model.config if chunk is None else replace(model.config, chunk=chunk)
     targets = split_targets(dataset, split, positives_only=True, max_users=max_users)
     model.eval()
-    users = [model.user_vectors(request_batch(dataset, part.rows, part.positions, config)) for part in _parts(targets)]
+    users = [model.user_vectors(_asked(dataset, part, config)) for part in _parts(targets)]
     user_vectors = torch.cat(users) if users else torch.zeros(0, config.embedding_dim)
     item_vectors = model.item_vectors().T
 
@@ -73,20 +91,21 @@ def rank_by_model(
     return rank_targets(dataset, targets, score_block, exclude_seen=dataset.declaration.exclude_seen == "all")
 
 
-def rank_by_popularity(dataset: SequenceDataset, split: Split) -> Ranked:
+def rank_by_popularity(dataset: SequenceDataset, split: Split | Holdout) -> Ranked:
     """Return the rank of every target when all users get the most frequent items of the training part."""
-    counts = train_counts(dataset).astype(np.float64)
+    holdout = holdout_of(dataset, split)
+    counts = train_counts(dataset, holdout.ends).astype(np.float64)
 
     def score_block(begin: int, end: int) -> np.ndarray:
         return np.repeat(counts[None, :], end - begin, axis=0)
 
-    targets = split_targets(dataset, split, positives_only=True)
+    targets = split_targets(dataset, holdout, positives_only=True)
     return rank_targets(dataset, targets, score_block, exclude_seen=dataset.declaration.exclude_seen == "all")
 
 
 @torch.inference_mode()
 def judge_by_model(
-    model: RankingModel, dataset: SequenceDataset, split: Split, *, max_users: int | None = None
+    model: RankingModel, dataset: SequenceDataset, split: Split | Holdout, *, max_users: int | None = None
 ) -> Judged:
     """Return labels and logits of every task at the targets, whatever their actions were.
 
@@ -99,7 +118,7 @@ def judge_by_model(
     model.eval()
     logits = [torch.zeros(0, len(model.tasks))]
     for part in _parts(targets):
-        batch = request_batch(dataset, part.rows, part.positions, model.config, with_target=True)
+        batch = _asked(dataset, part, model.config, with_target=True)
         logits.append(model.logits(batch)[batch.offsets[1:] - 1])
     logits_UT = torch.cat(logits).numpy()
     require_finite(logits_UT, "logits")
@@ -126,21 +145,32 @@ def ranking_facts(judged: Judged, tasks: list[str]) -> dict[str, Any]:
 
 
 def evaluate_retrieval(
-    model: RetrievalModel, dataset: SequenceDataset, split: Split, *, max_users: int | None = None
+    model: RetrievalModel, dataset: SequenceDataset, split: Split | Holdout, *, max_users: int | None = None
 ) -> dict[str, Any]:
     """Return hit rate, NDCG, MRR and counts over the whole catalogue. Raises NonFiniteScores."""
     return retrieval_facts(rank_by_model(model, dataset, split, max_users=max_users))
 
 
 def evaluate_ranking(
-    model: RankingModel, dataset: SequenceDataset, split: Split, *, max_users: int | None = None
+    model: RankingModel, dataset: SequenceDataset, split: Split | Holdout, *, max_users: int | None = None
 ) -> dict[str, Any]:
     """Return task -> NE, log loss, AUC and counts. Raises NonFiniteScores."""
     return ranking_facts(judge_by_model(model, dataset, split, max_users=max_users), model.tasks)
 
 
+def _asked(dataset: SequenceDataset, targets: Targets, config: ModelConfig, *, with_target: bool = False) -> EventBatch:
+    """Return what is known of each target's user, asked at the target's time; `with_target` appends the target.
+
+    Two spans a user, gathered at once: what is known and visible, and the target, which need not be the next exposure.
+    """
+    starts = window_starts(targets.known, config.max_events, config.chunk)
+    spans = [np.stack(pair, 1).ravel() for pair in (
+        (targets.rows, targets.rows), (starts, targets.positions), (targets.known, targets.positions + int(with_target))
+    )]  # fmt: skip
+    found = dataset.gather(*spans)
+    visible = Jagged(found.offsets[::2], found.items, found.actions, found.times)
+    return EventBatch.of(visible.histories(), dataset.at(targets.rows, targets.positions).times)
+
+
 def _parts(targets: Targets) -> list[Targets]:
-    return [
-        Targets(rows=targets.rows[i : i + FORWARD_USERS], positions=targets.positions[i : i + FORWARD_USERS])
-        for i in range(0, len(targets), FORWARD_USERS)
-    ]
+    return [targets[begin : begin + FORWARD_USERS] for begin in range(0, len(targets), FORWARD_USERS)]

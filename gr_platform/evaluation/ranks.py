@@ -3,7 +3,7 @@
 Invariant: a tie counts against the model (a constant model ranks last), and a target that could not be returned (it is
 inactive, or seen and excluded) ranks behind every item. NaN never ranks: it raises.
 
-Legend: B users of a block, U users, R vocabulary rows.
+Legend: B targets of a block, U targets (one a user, unless a split by time asks for all), R vocabulary rows.
 """
 
 from collections.abc import Callable
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from gr_platform.sequences.dataset import SequenceDataset
+from gr_platform.sequences.splits import Targets
 
 BLOCK_USERS = 256
 BLOCK_SCORES = 1 << 25
@@ -19,17 +20,6 @@ BLOCK_SCORES = 1 << 25
 
 class NonFiniteScores(RuntimeError):
     """A model scored something NaN or infinite, so no order of its items means anything."""
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Targets:
-    """What is predicted: for U users the dataset row and the index of the target exposure, int64 [U] each."""
-
-    rows: np.ndarray
-    positions: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.rows)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +50,7 @@ def require_finite(values: np.ndarray, what: str) -> None:
 def rank_targets(
     dataset: SequenceDataset, targets: Targets, score_block: Callable[[int, int], np.ndarray], *, exclude_seen: bool
 ) -> Ranked:
-    """Return the targets' ranks among active items, without those of the user's history under `exclude_seen`.
+    """Return the targets' ranks among active items, without those known of the user under `exclude_seen`.
 
     score_block(begin, end): float [end - begin, R] scores of users begin..end-1 of `targets`; it may be overwritten.
     Memory: at most BLOCK_SCORES scores at once (or one user's). Raises NonFiniteScores.
@@ -79,7 +69,7 @@ def rank_targets(
         table[:, barred] = -np.inf
         if exclude_seen:
             nothing = np.zeros(end - begin, np.int64)
-            seen = dataset.gather(targets.rows[begin:end], nothing, targets.positions[begin:end])
+            seen = dataset.gather(targets.rows[begin:end], nothing, targets.known[begin:end])
             table[seen.owner, seen.items] = -np.inf
         unreachable = np.isneginf(table[np.arange(end - begin), items[begin:end]])
         at_least = np.count_nonzero(table >= own[:, None], axis=1)

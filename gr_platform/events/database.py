@@ -12,7 +12,7 @@ import duckdb
 
 from gr_platform import settings, storage
 
-MEMORY_LIMIT = "1200MB"
+MEMORY_LIMIT = "1000MB"
 
 
 @contextmanager
@@ -26,6 +26,8 @@ def connect(home: Path) -> Iterator[duckdb.DuckDBPyConnection]:
         duckdb.connect(":memory:", config=_config(spill)) as connection,
     ):
         connection.execute("SET TimeZone = 'UTC'")
+        # Its bar would go to standard output, where commands print their answers.
+        connection.execute("SET enable_progress_bar = false")
         yield connection
 
 

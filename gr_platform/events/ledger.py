@@ -24,7 +24,7 @@ class Entry:
 
     sha256, num_bytes: of the file as it came; landed_sha256: of its landed copy, the same for Parquet. columns:
     canonical name -> column; types: every column of the landed copy -> DuckDB type. ratings: the action is
-    `rate_<value>`.
+    `rate_<value>`. num_forgotten: rows whose cells `gr forget` emptied.
     """
 
     source_name: str
@@ -42,6 +42,7 @@ class Entry:
     time_unit: str
     actions: list[str]
     guesses: dict[str, str]
+    num_forgotten: int = 0
     state: Literal["landed"] = "landed"
     schema_version: int = LEDGER_VERSION
 
@@ -109,7 +110,14 @@ def titles(home: Path, ds: str) -> dict[int | str, str]:
 
 
 def publish(
-    home: Path, folder: Path, built: Path, entry: Entry, declaration: Declaration, texts: dict[str, str]
+    home: Path,
+    folder: Path,
+    built: Path,
+    entry: Entry,
+    declaration: Declaration,
+    texts: dict[str, str],
+    *,
+    activate: bool = True,
 ) -> None:
     """Move a landed file into place; its ledger entry comes after everything it needs."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -118,7 +126,8 @@ def publish(
         catalogue.write_titles(folder, texts)
     storage.write_text(folder / DECLARATION, declaration.to_toml())
     storage.write_text(folder / f"{entry.sha256[:16]}.json", json.dumps(asdict(entry), indent=1, sort_keys=True) + "\n")
-    storage.write_text(home / "landing" / "active", declaration.name + "\n")
+    if activate:
+        storage.write_text(home / "landing" / "active", declaration.name + "\n")
     named = {_landed_name(each) for each in ledger_entries(folder)}
     for path in folder.glob("*.parquet"):
         if path.name not in named and path.name != catalogue.FILE:

@@ -54,7 +54,7 @@ def _spec(files: list[LandedFile], declaration: Declaration) -> dict[str, Any]:
 
 
 def _file_spec(file: LandedFile) -> dict[str, Any]:
-    named = ("sha256", "sequence", "columns", "ratings", "time_unit")
+    named = ("sha256", "num_forgotten", "sequence", "columns", "ratings", "time_unit")
     return {name: getattr(file.entry, name) for name in named}
 
 

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from gr_platform.prefetch import prefetched
 from gr_platform.sequences.dataset import FILE, LISTS, Jagged
 from gr_platform.sequences.vocabulary import Vocabulary
 
@@ -61,7 +62,7 @@ def exposures(events: Iterable[pa.Table], vocabulary: Vocabulary, actions: tuple
     index = ItemIndex(vocabulary)
     masks = pa.array(actions)
     pending: list[pa.Table] = []
-    for rows in events:
+    for rows in prefetched(events, depth=8):
         rows = pa.concat_tables([*pending, _prepared(rows, index, masks)]).combine_chunks()
         last = _last_moment(rows)
         if last:
@@ -104,9 +105,10 @@ def _merged(rows: pa.Table) -> pa.Table:
         return rows
     moment = np.cumsum(np.concatenate([[True], ~same]))[at]
     item, masks = rows["items"].to_numpy()[at], rows["actions"].to_numpy()
-    order = np.lexsort((item, moment))  # stable: the first row of each group is the first in source order
+    key = moment * (int(item.max()) + 1) + item
+    order = np.argsort(key, kind="stable")  # so the first row of each group is the first in source order
     begins = np.ones(len(at), bool)
-    begins[1:] = (np.diff(moment[order]) != 0) | (np.diff(item[order]) != 0)
+    begins[1:] = np.diff(key[order]) != 0
     if begins.all():
         return rows
     groups = np.flatnonzero(begins)
@@ -149,7 +151,7 @@ def write_segment(folder: Path, batches: Iterable[pa.RecordBatch], schema: pa.Sc
     """Write batches as a segment's file; return its facts."""
     num_users = num_exposures = 0
     with pa.OSFile(str(folder / FILE), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
-        for batch in batches:
+        for batch in prefetched(batches):
             num_users += len(batch)
             num_exposures += len(batch.column("items").values)
             writer.write_batch(batch)

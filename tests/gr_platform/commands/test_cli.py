@@ -11,13 +11,13 @@ import pytest
 from typer.testing import CliRunner
 
 from gr_platform import cli, settings, storage
-from gr_platform.commands import demo, display, pipeline, services
+from gr_platform.commands import demo, display, options, pipeline, services
 from gr_platform.commands.query import Listed, UserAnswer, split_ids
 from gr_platform.errors import UserError, sentence_for
 
 COMMANDS = {
     *("demo", "import", "simulate", "materialize", "serve", "up", "down", "status", "doctor", "recommend", "score"),
-    *("bench", "fetch", "card"),
+    *("bench", "fetch", "card", "forget"),
 }
 HEAVY = ("torch", "mlflow", "dagster", "duckdb", "numpy")
 
@@ -205,7 +205,7 @@ def test_an_interrupted_pipeline_says_so_in_one_sentence(tmp_path: Path, number:
             break
     running.send_signal(number)
     _, shown = running.communicate(timeout=300)
-    assert running.returncode == cli.INTERRUPTED
+    assert running.returncode == options.INTERRUPTED
     assert "Traceback" not in shown
     assert shown.strip().splitlines()[-1].startswith("stopped: what was finished is kept")
 
