@@ -8,7 +8,8 @@ import errno
 from collections.abc import Iterator
 from pathlib import Path
 
-_NO_SPACE = ("No space left on device", "database or disk is full", "disk I/O error")
+# DuckDB stops spilling short of a full disk and names the setting by which it does.
+_NO_SPACE = ("No space left on device", "database or disk is full", "disk I/O error", "'max_temp_directory_size'")
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 
 

@@ -198,7 +198,8 @@ def _split_leaks(dataset: "SequenceDataset", trained: np.ndarray, holdout: Holdo
     if holdout.window is not None:
         cut, end = holdout.window
         known = np.zeros(dataset.num_users, np.int64)
-        known[asked.rows] = np.minimum(asked.known, dataset.lengths[asked.rows])
+        # A user may have several targets: the one that knows most counts.
+        np.maximum.at(known, asked.rows, np.minimum(asked.known, dataset.lengths[asked.rows]))
         times = dataset.at(asked.rows, asked.positions).times
         found += [
             (_num_from(dataset, trained, cut), "training exposures are not before the cut"),

@@ -170,3 +170,13 @@ def test_a_data_set_without_exposures_has_an_empty_window(make_dataset):
     held = by_time(make_dataset([[], []], 3), 0)
     assert len(held.targets) == 0
     assert np.array_equal(held.ends, [0, 0])
+
+
+def test_a_history_that_reaches_past_the_cut_is_caught_between_targets_that_do_not(make_dataset):
+    dataset = make_dataset([[(0, 1, 10), (1, 1, 20), (2, 1, 30), (3, 1, CUT), (4, 1, CUT + 1), (5, 1, CUT + 2)]], 6)
+    held = by_time(dataset, CUT, CUT + 50, targets="all")
+    assert held.targets.known.tolist() == [3, 3, 3]
+    leaky = replace(held.targets, known=np.array([3, 4, 3]))
+    assert check_no_leak(dataset, holdout=replace(held, targets=leaky)) == [
+        "1 exposures of histories are not before the cut"
+    ]
