@@ -83,15 +83,15 @@ def import_(
     exclude_seen: options.ExcludeSeen = None,
     ingest_date: options.IngestDate = None,
     dry_run: options.DryRun = False,
+    kind: options.ImportAs = "log",
 ) -> None:
     """Import a log, or all logs of a folder; what is neither declared nor named is guessed and shown.
 
-    Examples: gr import shop.csv --dry-run | gr import ratings.dat --declaration ml-1m | gr import day.csv --time-unit s
+    Examples: gr import shop.csv --dry-run | gr import day.csv --time-unit s | gr import items.csv --as item-features
     """
-    named = {name: value for name, value in locals().items() if name not in ("source", "dry_run")}
     from gr_platform.commands.importing import Import, report
 
-    _say_each(report(Import(source=source, home=settings.home(), dry_run=dry_run, named=named)))
+    _say_each(report(Import.of(settings.home(), locals())))
 
 
 @app.command()

@@ -17,6 +17,9 @@ PAGES = (HERE / "README.md", HERE.parent / "kernels.md")
 # A table stands between the name of its file and an end mark, both as comments that nobody sees.
 BLOCK = re.compile(r"(<!-- (\w+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 PLOT = HERE.parent / "images" / "attention_lengths.png"
+SIZES_PLOT = HERE.parent / "images" / "ingest_sizes.png"
+# Benchmarks that are run once a size: `ingest.json` on a page stands for ingest_1m.json, ingest_10m.json, ...
+BY_SIZE = ("ingest.json",)
 TIMED = re.compile(r"(forward|backward), (.+), (\d+ users) of (\d+)")
 Row = dict[str, Any]
 
@@ -77,6 +80,21 @@ def _crosswise(rows: list[Row], keys: dict[str, str], across: str, cell: Callabl
     return "\n".join(lines)
 
 
+def by_size(rows: list[Row]) -> str:
+    """Return one line for each row, one column for each size of the log, with what is missed in bold."""
+
+    def cell(row: Row) -> str:
+        value = f"{row['value']:.3g}" if row["value"] < 1000 else f"{row['value']:,.0f}"
+        return f"**{value}**" if row["ok"] is False else value
+
+    def bound(row: Row) -> str:
+        targets = [each["target"] for each in rows if each["name"] == row["name"] and each["target"] is not None]
+        return f"<= {targets[0]:g}" if targets else ""
+
+    shown = [row | {"bound": bound(row), "size": f"{row['num_events'] / 1e6:g} M events"} for row in rows]
+    return _crosswise(shown, {"name": "row", "unit": "unit", "bound": "target"}, "size", cell)
+
+
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -84,16 +102,25 @@ def _line(cells: Iterable[str]) -> str:
 def table(rows: list[Row]) -> str:
     """Return the machine and date of a benchmark file and its rows as Markdown."""
     first = rows[0]
-    made = compiled if "arch" in first else predicted if "gpu" in first else measured
+    kinds = {"arch": compiled, "gpu": predicted, "num_events": by_size}
+    made = next((kinds[key] for key in kinds if key in first), measured)
     where = "" if made is predicted else f"Machine: {first['machine']}; {first['date']}.\n\n"
     return f"{where}{made(rows)}\n"
+
+
+def rows_of(name: str) -> list[Row]:
+    """Return the rows of a benchmark file, or of its files by size, the smallest first."""
+    if name not in BY_SIZE:
+        return list(json.loads((HERE / name).read_text(encoding="utf-8")))
+    files = [json.loads(path.read_text(encoding="utf-8")) for path in HERE.glob(f"{Path(name).stem}_*.json")]
+    return [row for file in sorted(files, key=lambda rows: rows[0]["num_events"]) for row in file]
 
 
 def render(page: str) -> str:
     """Return the page with every table made anew."""
 
     def block(match: re.Match[str]) -> str:
-        rows = json.loads((HERE / match[2]).read_text(encoding="utf-8"))
+        rows = rows_of(match[2])
         return f"{match[1]}{table(rows)}{match[3]}"
 
     return BLOCK.sub(block, page)
@@ -133,7 +160,34 @@ def plot(rows: list[Row]) -> bytes:
     return stream.getvalue()
 
 
+def sizes_plot(rows: list[Row]) -> bytes:
+    """Return time and peak RSS of every stage against the size of the log, both axes logarithmic, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 3.6), dpi=90, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = (("time", "seconds"), ("peak RSS", "GB"))
+    for axis, (what, unit) in zip(figure.subplots(1, len(panels)), panels, strict=True):
+        for stage, marker in zip(
+            ("bare_sort", "import_log", "ingest", "vocabulary", "sequences"), "xosD^", strict=True
+        ):
+            points = [(row["num_events"], row["value"]) for row in rows if row["name"] == f"{stage}, {what}"]
+            axis.loglog(*zip(*points, strict=True), marker=marker, label=stage.replace("_", " "))
+        sizes = sorted({row["num_events"] for row in rows})
+        axis.set_xticks(sizes, [f"{size / 1e6:g} M" for size in sizes])
+        axis.set_xticks([], minor=True)
+        axis.set(title=what, xlabel="events", ylabel=unit)
+        axis.yaxis.set_major_formatter("{x:g}")
+        axis.grid(visible=True, alpha=0.3)
+    figure.axes[0].legend()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
 if __name__ == "__main__":
+    SIZES_PLOT.write_bytes(sizes_plot(rows_of("ingest.json")))
     timed = json.loads((HERE / "attention.json").read_text(encoding="utf-8"))
     if times_by_length(timed):
         PLOT.write_bytes(plot(timed))

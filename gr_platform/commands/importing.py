@@ -4,15 +4,20 @@ Invariant: what comes from a log is shown as text, never as markup; nothing is c
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from gr_platform.events.landing import folder_dataset, import_file, import_folder, preview_file
+from gr_platform import settings
+from gr_platform.errors import UserError
+from gr_platform.events.feature_import import WantedFeatures, import_features
+from gr_platform.events.features import describe
+from gr_platform.events.landing import active_dataset, folder_dataset, import_file, import_folder, preview_file
 from gr_platform.events.ledger import LandedFile
 from gr_platform.events.preview import Preview
 from gr_platform.events.quality import RULES
 from gr_platform.events.readers import log_files
+from gr_platform.events.request import Wanted
 
 SHOWN_COLUMNS = 30
 SHOWN_CHARS = 24
@@ -20,16 +25,29 @@ SHOWN_CHARS = 24
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Import:
-    """One call of `gr import`: a log or a folder of logs, and what was named (the fields of `Wanted`)."""
+    """One call of `gr import`: a log or a folder of logs, and what was named (the fields of `Wanted`).
+
+    kind: log, or the kind of side information that the file holds.
+    """
 
     source: Path
     home: Path
     dry_run: bool
     named: dict[str, Any]
+    kind: str = "log"
+
+    @staticmethod
+    def of(home: Path, options: Mapping[str, Any]) -> "Import":
+        """Return the call that options of these names make; others are left out."""
+        own = {name: options[name] for name in ("source", "dry_run", "kind")}
+        return Import(home=home, named={each.name: options[each.name] for each in fields(Wanted)}, **own)
 
 
 def report(asked: Import) -> Iterator[str]:
     """Yield the lines of `gr import`; the work is done between them. Raises UserError as the import does."""
+    if asked.kind != "log":
+        yield from _features(asked)
+        return
     if asked.dry_run:
         named, paths = asked.named, [asked.source]
         if asked.source.is_dir():
@@ -49,6 +67,31 @@ def report(asked: Import) -> Iterator[str]:
         yield f"{file.entry.source_name} {state}: {file.num_rows:,} rows in {where}"
     yield from _understood(landed[-1])
     yield "next: gr materialize"
+
+
+def _features(asked: Import) -> Iterator[str]:
+    """Yield the lines of an import of side information. Raises UserError as it does, or for an option of logs alone."""
+    own = {"item-features": "item_column", "user-features": "user_column"}.get(asked.kind, "")
+    taken = {"dataset", "format", "time_column", "time_unit", own}
+    foreign = [name for name, value in asked.named.items() if name not in taken and value not in (None, "auto")]
+    if foreign:
+        raise UserError(f"--{foreign[0].replace('_', '-')} is an option of logs; --as {asked.kind} does not take it")
+    wanted = WantedFeatures(
+        kind=asked.kind,
+        dataset=asked.named.get("dataset") or settings.dataset() or active_dataset(asked.home),
+        format=asked.named.get("format", "auto"),
+        id_column=asked.named.get(own),
+        time_column=asked.named.get("time_column"),
+        time_unit=asked.named.get("time_unit", "auto"),
+    )
+    found = import_features(asked.source, wanted, home=asked.home, dry_run=asked.dry_run)
+    entry = found.entry
+    state = "was imported before" if found.reused else "would be imported" if asked.dry_run else "imported"
+    yield f"{entry.source_name} {state}: {entry.num_rows:,} rows of {entry.kind} in data set {found.dataset}"
+    yield f"  {'id':<12} {entry.id_column}"
+    yield f"  {'time':<12} {entry.time_column} ({entry.time_unit})"
+    yield f"  {'properties':<12} {', '.join(entry.properties)}"
+    yield f"  {'quarantined':<12} {describe(entry.kind, entry.quarantined) or 'none'}"
 
 
 def _understood(file: LandedFile) -> Iterator[str]:

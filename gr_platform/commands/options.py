@@ -16,6 +16,10 @@ GIVEN = "Data set to add to; default: the name the file gives itself, else the f
 DECLARATION = "Declaration of the data set: ml-1m, ml-20m, retailrocket, amazon-sports, amazon-books, or a TOML file."
 EVENT_ID = "Column that identifies an event: rows with equal ids count once; none: no such."
 SEEN = "all: never recommend what the user has seen; none: items may repeat."
+AS = (
+    "log: events; item-features: what holds of items from a time on (item, time, properties); user-features: slow "
+    "series of users (user, time, properties). The last two go to a data set that is there."
+)
 ITEMS = "Item ids, separated by commas (one with a comma in double quotes)."
 
 
@@ -29,6 +33,7 @@ ShowVersion = Annotated[
     bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
 ]
 Dataset = Annotated[str | None, typer.Option(help=ACTIVE)]
+ImportAs = Annotated[str, typer.Option("--as", help=AS)]
 NewDataset = Annotated[str | None, typer.Option(help=GIVEN)]
 Recipe = Annotated[str, typer.Option(help="tiny, small or ml_1m; auto picks one for the data set.")]
 Format = Annotated[str, typer.Option(help="auto, csv, jsonl, parquet or movielens.")]

@@ -79,7 +79,8 @@ def write_clean(
     """Write the events and the quarantine of the view `judged` into `folder`; return the facts of what was written.
 
     earlier: SQL for judged rows of other dates' files; what one landed before a row's own holds makes it a duplicate.
-    Files: events-000.parquet, ... of FILE_ROWS events, items.parquet (each item's part in them), quarantine-0.parquet.
+    Files: events-000.parquet, ... of FILE_ROWS events, items.parquet (each item's part in them), context-<name>.parquet
+    for each declared context column (each value's part), quarantine-0.parquet.
     """
     has_ids = judged.num_with_id > 0
     mark_repeats(connection, earlier, judged.span, has_ids=has_ids)
@@ -90,10 +91,17 @@ def write_clean(
     _write_quarantine(connection, folder / QUARANTINE, any_=bool(judged.quarantined))
     facts = seen.facts()
     facts["num_items"] = _write_items(connection, folder / ITEMS, files)
+    for name in declaration.context:
+        _write_context(connection, folder / context_file(name), files, name)
     facts |= {"rows_in": judged.num_rows, "quarantined": judged.quarantined}
     facts["duplicates"] = judged.num_valid - facts["rows_kept"]
     _assert_conserved(folder, files, facts)
     return facts
+
+
+def context_file(name: str) -> str:
+    """Return the name of the file that holds what there is of a context column's values."""
+    return f"context-{name}.parquet"
 
 
 def _assert_conserved(folder: Path, files: list[Path], facts: dict[str, Any]) -> None:
@@ -142,3 +150,15 @@ def _write_items(connection: duckdb.DuckDBPyConnection, path: Path, files: list[
     )
     distinct = f"SELECT count(DISTINCT item_id) FROM {parquet_of([path])}"
     return int(connection.sql(distinct).fetchall()[0][0])
+
+
+def _write_context(connection: duckdb.DuckDBPyConnection, path: Path, files: list[Path], name: str) -> None:
+    """Write one row for each value of a context column and landed file, sorted by both.
+
+    Columns: value, source_file, count, first_ts.
+    """
+    connection.execute(
+        f"COPY (SELECT {quoted(name)} AS value, source_file, count(*) AS count, min(event_ts) AS first_ts "
+        f"FROM {parquet_of(files)} WHERE {quoted(name)} IS NOT NULL GROUP BY 1, 2 ORDER BY 1, 2) "
+        f"TO {literal(str(path))} {_COPY}"
+    )

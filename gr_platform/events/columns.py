@@ -59,7 +59,7 @@ def landed_query(file: LandedFile) -> str:
 
 def landed_time_type(file: LandedFile) -> str:
     """Return the DuckDB type of `event_ts` in `landed_query`: BIGINT, DOUBLE, VARCHAR, TIMESTAMP or TIMESTAMPTZ."""
-    return _time_type(file.entry.types[file.entry.columns["event_ts"]])
+    return time_type(file.entry.types[file.entry.columns["event_ts"]])
 
 
 def id_sql(column: str, source_type: str, id_type: IdType) -> str:
@@ -126,7 +126,8 @@ def _value_sql(mapping: dict[str, str], types: dict[str, str]) -> str:
     return name if types[mapping["value"]] == "VARCHAR" else f"TRY_CAST({name} AS DOUBLE)"
 
 
-def _time_type(source_type: str) -> str:
+def time_type(source_type: str) -> str:
+    """Return the DuckDB type in which a time column is read: BIGINT, DOUBLE, VARCHAR, TIMESTAMP or TIMESTAMPTZ."""
     if carries_zone(source_type):
         return "TIMESTAMPTZ"
     if source_type.startswith("TIMESTAMP") or source_type == "DATE":
@@ -137,4 +138,4 @@ def _time_type(source_type: str) -> str:
 
 
 def _time_sql(mapping: dict[str, str], types: dict[str, str]) -> str:
-    return f"TRY_CAST({quoted(mapping['event_ts'])} AS {_time_type(types[mapping['event_ts']])})"
+    return f"TRY_CAST({quoted(mapping['event_ts'])} AS {time_type(types[mapping['event_ts']])})"

@@ -20,8 +20,10 @@ import pyarrow.parquet as pq
 
 from gr_platform import storage
 from gr_platform.errors import UserError
+from gr_platform.events import features
 from gr_platform.events.columns import id_sql
 from gr_platform.events.database import connect, literal, parquet_of, quoted
+from gr_platform.events.declaration import IdType
 from gr_platform.events.ingest import ingest
 from gr_platform.events.landing import LandedFile, landed_files, load_declaration
 from gr_platform.events.ledger import publish
@@ -55,6 +57,8 @@ def forget(home: Path, ds: str, user_id: str) -> Forgotten:
         erased = {
             file.entry.source_name: count for file in landed_files(home, ds) if (count := _erase(home, file, user_id))
         }
+        for name, count in _erase_features(home, ds, user_id).items():
+            erased[name] = erased.get(name, 0) + count
         known = record.date_of(user_id)
         if not erased and known is None:
             raise UserError(f"data set {ds} has no events of user {user_id}, and forgot none; nothing was changed")
@@ -76,31 +80,62 @@ def _integer(text: str) -> int | None:
 
 def _erase(home: Path, file: LandedFile, user_id: str) -> int:
     """Empty every cell of the user's rows in a landed file; return their number."""
-    entry, id_type = file.entry, file.declaration.user_id_type
+    entry = file.entry
     column = entry.columns["user_id"]
-    wanted = user_id if id_type == "int64" else literal(user_id)
-    theirs = f"coalesce({id_sql(quoted(column), entry.types[column], id_type)} = {wanted}, false)"
-    landed = parquet_of([file.path])
-    with connect(home) as connection, tempfile.TemporaryDirectory(dir=home, prefix=_STAGING) as name:
-        count = int(connection.sql(f"SELECT count(*) FROM {landed} WHERE {theirs}").fetchall()[0][0])
-        if not count:
-            return 0
-        emptied = ", ".join(
-            f"CASE WHEN {theirs} THEN NULL ELSE {quoted(each)} END AS {quoted(each)}"
-            for each in pq.read_schema(file.path).names
-        )
+    with tempfile.TemporaryDirectory(dir=home, prefix=_STAGING) as name:
         built = Path(name) / "landed.parquet"
-        connection.execute(
-            f"COPY (SELECT {emptied} FROM {landed}) TO {literal(str(built))} (FORMAT parquet, COMPRESSION zstd)"
-        )
-        changed = replace(entry, landed_sha256=storage.file_sha256(built), num_forgotten=entry.num_forgotten + count)
-        publish(home, home / "landing" / file.dataset, built, changed, file.declaration, {}, activate=False)
+        theirs = _is_theirs(column, entry.types[column], file.declaration.user_id_type, user_id)
+        if count := _write_emptied(home, file.path, theirs, built):
+            changed = replace(
+                entry, landed_sha256=storage.file_sha256(built), num_forgotten=entry.num_forgotten + count
+            )
+            publish(home, home / "landing" / file.dataset, built, changed, file.declaration, {}, activate=False)
+    return count
+
+
+def _erase_features(home: Path, ds: str, user_id: str) -> dict[str, int]:
+    """Empty every cell of the user's rows in landed slow series of users; return file -> their number."""
+    erased = {}
+    for file in features.feature_files(home, ds, "user-features"):
+        entry = file.entry
+        with tempfile.TemporaryDirectory(dir=home, prefix=_STAGING) as name:
+            built = Path(name) / "landed.parquet"
+            theirs = _is_theirs(entry.id_column, entry.types[entry.id_column], file.id_type, user_id)
+            if count := _write_emptied(home, file.path, theirs, built):
+                changed = replace(
+                    entry, landed_sha256=storage.file_sha256(built), num_forgotten=entry.num_forgotten + count
+                )
+                features.publish(file.path.parent, built, changed)
+                erased[entry.source_name] = count
+    return erased
+
+
+def _is_theirs(column: str, source_type: str, id_type: IdType, user_id: str) -> str:
+    """Return SQL for whether a row is the user's."""
+    wanted = user_id if id_type == "int64" else literal(user_id)
+    return f"coalesce({id_sql(quoted(column), source_type, id_type)} = {wanted}, false)"
+
+
+def _write_emptied(home: Path, path: Path, theirs: str, built: Path) -> int:
+    """Write a landed file with the cells of some rows emptied, if there are any; return their number."""
+    landed = parquet_of([path])
+    with connect(home) as connection:
+        count = int(connection.sql(f"SELECT count(*) FROM {landed} WHERE {theirs}").fetchall()[0][0])
+        if count:
+            emptied = ", ".join(
+                f"CASE WHEN {theirs} THEN NULL ELSE {quoted(each)} END AS {quoted(each)}"
+                for each in pq.read_schema(path).names
+            )
+            connection.execute(
+                f"COPY (SELECT {emptied} FROM {landed}) TO {literal(str(built))} (FORMAT parquet, COMPRESSION zstd)"
+            )
     return count
 
 
 def _make_again(home: Path, ds: str) -> None:
     """Make events and sequences again, as far as there were any, and delete what held the old ones."""
     from gr_platform.sequences.sequentialize import sequentialize
+    from gr_platform.sequences.user_series import build_user_series
     from gr_platform.sequences.vocabulary import build_vocabulary
 
     if (home / "events" / ds).is_dir():
@@ -112,6 +147,11 @@ def _make_again(home: Path, ds: str) -> None:
         kept = {made.folder.name, *made.manifest.facts["segments"]}
         for folder in (*parent.glob("sequences-*"), *parent.glob("segment-*")):
             if folder.is_dir() and folder.name not in kept:
+                shutil.rmtree(folder)
+    if (parent / "user-features.current").is_file():
+        series = build_user_series(home, ds)
+        for folder in parent.glob("user-features-*"):
+            if folder != series.folder:
                 shutil.rmtree(folder)
     # An evaluation lists the users it asked about.
     for folder in (home / "runs" / ds).glob("evaluation-*"):

@@ -126,7 +126,7 @@ def _understand(
     used = dict.fromkeys([*mapping.values(), *context])
     built = as_parquet(connection, arrival, staging, used)
     staged = Log(path=source.path, relation=parquet(built), types=source.columns, mapping=mapping, context=context)
-    found = _profile(connection, staged, built, declared, is_new=is_new, wanted_unit=wanted.time_unit, now_ms=now_ms)
+    found = profiled(connection, staged, built, declared, is_new=is_new, wanted_unit=wanted.time_unit, now_ms=now_ms)
     declaration = declare(job.name, source, mapping, found, declared, job.hints, wanted.exclude_seen)
     entry = Entry(
         source_name=source.path.name,
@@ -150,7 +150,7 @@ def _understand(
     return landed, catalogue.read_titles(beside) if beside else {}
 
 
-def _profile(
+def profiled(
     connection: duckdb.DuckDBPyConnection,
     staged: Log,
     built: Path,
@@ -160,6 +160,7 @@ def _profile(
     wanted_unit: str,
     now_ms: int,
 ) -> Profile:
+    """Return the profile of a staged log. Raises UserError as `profile` does, or if the log turns out unreadable."""
     unit = declared.time_unit if declared and declared.strict and wanted_unit == "auto" else wanted_unit
     try:
         return profile(connection, staged, declared, is_new=is_new, time_unit=unit, now_ms=now_ms)

@@ -9,6 +9,7 @@ from typing import Any, Literal, get_args
 
 Kind = Literal["retrieval", "ranking"]
 Negatives = Literal["shared", "per_token"]
+Choice = Literal["recent", "recency", "uniform"]
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -57,6 +58,24 @@ class ModelConfig:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class StochasticLength:
+    """How training thins long sequences (PAPER section 3); alpha = 2 keeps all.
+
+    Of a sequence longer than `max_len ** (alpha / 2)` events mostly that many are kept: the last ones ("recent"), or
+    drawn with weights by recency ("recency") or equal ones ("uniform").
+    """
+
+    alpha: float = 2.0
+    choice: Choice = "recency"
+
+    def __post_init__(self) -> None:
+        if not 1 < self.alpha <= 2:
+            raise ValueError(f"StochasticLength.alpha is {self.alpha}, must be above 1 and at most 2")
+        if self.choice not in get_args(Choice):
+            raise ValueError(f"StochasticLength.choice is {self.choice!r}, must be 'recent', 'recency' or 'uniform'")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingConfig:
     """How weights are found. `patience` counts epochs without a better validation metric before stopping.
 
@@ -69,6 +88,7 @@ class TrainingConfig:
     patience: int = 2
     num_negatives: int = 512
     negatives: Negatives = "shared"
+    stochastic_length: StochasticLength = StochasticLength()
     seed: int = 1
 
     def __post_init__(self) -> None:
@@ -92,9 +112,10 @@ class Recipe:
     @staticmethod
     def from_json(fields: dict[str, Any]) -> "Recipe":
         """Return the recipe that `to_json` wrote."""
-        return Recipe(
-            name=fields["name"], model=ModelConfig(**fields["model"]), training=TrainingConfig(**fields["training"])
-        )
+        training = dict(fields["training"])
+        if "stochastic_length" in training:
+            training["stochastic_length"] = StochasticLength(**training["stochastic_length"])
+        return Recipe(name=fields["name"], model=ModelConfig(**fields["model"]), training=TrainingConfig(**training))
 
     def with_training(self, **changes: Any) -> "Recipe":
         """Return the recipe with training fields replaced."""

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gr_platform.models.batch import EventBatch
+from gr_platform.models.batch import EventBatch, History
 from gr_platform.models.config import ModelConfig
 from gr_platform.models.embeddings import TokenEmbedding
 from gr_platform.models.hstu import HSTU
@@ -49,11 +49,12 @@ class RankingModel(nn.Module):
     @torch.no_grad()
     def score(self, batch: EventBatch, candidates: Tensor) -> Tensor:
         """Return probabilities [B, C, tasks] of candidates int64 [B, C], a full forward each: slow, obviously right."""
-        return torch.stack([self._score_user(batch, user, candidates[user]) for user in range(len(batch))])
+        each = zip(batch.histories, batch.request_times.split(1), candidates, strict=True)
+        return torch.stack([self._score_user(*user) for user in each])
 
-    def _score_user(self, batch: EventBatch, user: int, candidates: Tensor) -> Tensor:
-        items, actions, times = (torch.from_numpy(part) for part in batch.histories[user])
-        at, nothing = batch.request_times[user : user + 1], torch.zeros(1, dtype=torch.int64)
+    def _score_user(self, history: History, at: Tensor, candidates: Tensor) -> Tensor:
+        items, actions, times = (torch.from_numpy(part) for part in history)
+        nothing = torch.zeros(1, dtype=torch.int64)
         extended = [
             (
                 torch.cat([items, candidate[None]]).numpy(),

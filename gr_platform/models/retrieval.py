@@ -22,8 +22,8 @@ def unit(x: Tensor) -> Tensor:
 
 
 def target_events(batch: EventBatch, positive_mask: int) -> Tensor:
-    """Return which events [L] are targets: those with an action of `positive_mask`."""
-    return (batch.actions & positive_mask) != 0
+    """Return which answers [L] of the batch are targets: those with an action of `positive_mask`."""
+    return (batch.target_actions & positive_mask) != 0
 
 
 class RetrievalModel(nn.Module):
@@ -47,12 +47,12 @@ class RetrievalModel(nn.Module):
         Events without an action of `positive_mask` are not targets.
         """
         rows, seq_offsets = self._rows(batch)
-        # Every token but a user's last one has the following event as its target, and those are the events in order.
+        # Every token but a user's last one answers an event, and those are the batch's targets in order.
         predicts = torch.ones(len(rows), dtype=torch.bool)
         predicts[seq_offsets[1:] - 1] = False
         is_target = target_events(batch, positive_mask)
         places = predicts.nonzero()[:, 0][is_target]
-        users, targets = unit(rows.index_select(0, places)), batch.items[is_target]
+        users, targets = unit(rows.index_select(0, places)), batch.target_items[is_target]
         if not len(targets):
             return rows.sum() * 0.0, 0
         items, targets, negatives = self._drawn(targets, negatives)

@@ -42,11 +42,18 @@ class Tokens:
         )
 
 
-def ranking_tokens(items: np.ndarray, actions: np.ndarray, times: np.ndarray, request_time: int) -> Tokens:
+def ranking_tokens(
+    items: np.ndarray,
+    actions: np.ndarray,
+    times: np.ndarray,
+    request_time: int,
+    *,
+    next_times: np.ndarray | None = None,
+) -> Tokens:
     """Return start, item_0, action_0, item_1, action_1, ... with own-time: L = 1 + 2n.
 
     All arrays int64 [n]. The start token's time is the first event's, or `request_time` if there is none. No token of a
-    non-empty history depends on `request_time`.
+    non-empty history depends on `request_time`. next_times: as in `retrieval_tokens`; the start token's time is read.
     """
     num_events = len(items)
     kinds = np.full(1 + 2 * num_events, ACTION, np.int64)
@@ -57,26 +64,35 @@ def ranking_tokens(items: np.ndarray, actions: np.ndarray, times: np.ndarray, re
     action_field = np.zeros(1 + 2 * num_events, np.int64)
     action_field[2::2] = actions
     time_field = np.empty(1 + 2 * num_events, np.int64)
-    time_field[0] = times[0] if num_events else request_time
+    time_field[0] = (times if next_times is None else next_times)[0] if num_events else request_time
     time_field[1::2] = times
     time_field[2::2] = times
     return Tokens(kinds=kinds, items=item_field, actions=action_field, times=time_field, query_times=time_field)
 
 
-def retrieval_tokens(items: np.ndarray, actions: np.ndarray, times: np.ndarray, request_time: int) -> Tokens:
+def retrieval_tokens(
+    items: np.ndarray,
+    actions: np.ndarray,
+    times: np.ndarray,
+    request_time: int,
+    *,
+    next_times: np.ndarray | None = None,
+) -> Tokens:
     """Return start, event_0, event_1, ... with next-time: L = 1 + n.
 
     All arrays int64 [n]. Token i looks from the time of event i (the start token from the first event's), the last one
-    from `request_time`.
+    from `request_time`. next_times: what tokens 0..n-1 look from where events between these were dropped (training
+    alone); the first is the start token's own time too.
     """
     num_events = len(items)
+    next_times = times if next_times is None else next_times
     kinds = np.full(1 + num_events, EVENT, np.int64)
     kinds[0] = START
-    first_time = times[:1] if num_events else np.array([request_time], np.int64)
+    first_time = next_times[:1] if num_events else np.array([request_time], np.int64)
     return Tokens(
         kinds=kinds,
         items=np.concatenate([np.zeros(1, np.int64), items]),
         actions=np.concatenate([np.zeros(1, np.int64), actions]),
         times=np.concatenate([first_time, times]),
-        query_times=np.concatenate([times, np.array([request_time], np.int64)]),
+        query_times=np.concatenate([next_times, np.array([request_time], np.int64)]),
     )

@@ -4,11 +4,11 @@ Invariant: read-only and jagged. A user's sequence is the concatenation of its p
 appended, from the last one that replaces all before it; oldest first in the total order (event_ts, landed file, source
 row). What is read is copied once, out of the memory map.
 
-Legend: U users, B rows asked for, T exposures answered, P pieces.
+Legend: U users, B rows asked for, T exposures answered.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
@@ -20,21 +20,29 @@ import pyarrow.compute as pc
 from gr_platform import storage
 from gr_platform.errors import UserError
 from gr_platform.events.declaration import Declaration
-from gr_platform.sequences.vocabulary import Vocabulary
+from gr_platform.sequences.codes import Codes
+from gr_platform.sequences.pieces import index_of
+from gr_platform.sequences.vocabulary import Vocabulary, context_codes
 
 FILE = "sequences.arrow"
 LISTS = ("items", "actions", "times")
+CONTEXT = "context_"
 BLOCK_EVENTS = 1 << 22
+LONG_SPAN = 16  # exposures: from here on a memory copy a span is faster than a loop over record batches
 
 
 @dataclass(frozen=True, slots=True)
 class Jagged:
-    """Spans of B users' sequences: offsets int64 [B + 1]; items, actions (bitmasks), times (ms UTC) int64 [T]."""
+    """Spans of B users' sequences: offsets int64 [B + 1]; items, actions (bitmasks), times (ms UTC) int64 [T].
+
+    context: declared context column -> codes int64 [T], 0 where there is none; {} for a data set without any.
+    """
 
     offsets: np.ndarray
     items: np.ndarray
     actions: np.ndarray
     times: np.ndarray
+    context: dict[str, np.ndarray] = field(default_factory=dict, kw_only=True)
 
     def __len__(self) -> int:
         return len(self.offsets) - 1
@@ -60,36 +68,30 @@ class Jagged:
         return [(self.items[span], self.actions[span], self.times[span]) for span in spans]
 
 
-@dataclass(frozen=True, slots=True)
-class _Pieces:
-    """Where sequences lie, by user: offsets int64 [U + 1] into the P others, all int64 [P].
-
-    chunk: which record batch; start: first exposure in it; begin: its place in the user's sequence; length: exposures.
-    """
-
-    offsets: np.ndarray
-    chunk: np.ndarray
-    start: np.ndarray
-    begin: np.ndarray
-    length: np.ndarray
-
-
 class SequenceDataset:
     """All users' exposures. Rows are users in ascending order of their ids; lengths int64 [U] counts their exposures.
 
     segments: tables of user_id and LISTS as large_list<int64>, the base first and ascending by user; where they have a
     column `replaces`, it says that a row holds the user's whole sequence. Their memory is viewed, not copied.
+    codes: context column -> what its codes mean; the segments hold a list `context_<name>` for each.
     """
 
     def __init__(
-        self, segments: Sequence[pa.Table], declaration: Declaration, vocabulary: Vocabulary, digest: str
+        self,
+        segments: Sequence[pa.Table],
+        declaration: Declaration,
+        vocabulary: Vocabulary,
+        digest: str,
+        codes: Mapping[str, Codes] | None = None,
     ) -> None:
         self.declaration = declaration
         self.vocabulary = vocabulary
         self.digest = digest
+        self.codes = dict(codes or {})
         batches = [batch for segment in segments for batch in segment.to_batches()]
-        self._values = {name: [batch.column(name).values.to_numpy() for batch in batches] for name in LISTS}
-        self._user_ids, self._pieces = _index(list(segments), batches)
+        lists = list_names(self.codes)
+        self._values = {name: [batch.column(name).values.to_numpy() for batch in batches] for name in lists}
+        self._user_ids, self._pieces = index_of(list(segments), batches)
         pieces = self._pieces
         ends = np.concatenate([np.zeros(1, np.int64), np.cumsum(pieces.length)])
         self.lengths = np.diff(ends[pieces.offsets])
@@ -99,11 +101,14 @@ class SequenceDataset:
         """Return the sequences of a result folder. Raises UserError if it is unfinished or damaged."""
         manifest = storage.read_manifest(folder)
         names = [folder.parent / name for name in manifest.facts["segments"]]
+        declaration = Declaration.from_json(manifest.spec["declaration"])
+        vocabulary = folder.parent / manifest.spec["vocabulary_folder"]
         return SequenceDataset(
             [read_segment(name) for name in names],
-            Declaration.from_json(manifest.spec["declaration"]),
-            Vocabulary.load(folder.parent / manifest.spec["vocabulary_folder"]),
+            declaration,
+            Vocabulary.load(vocabulary),
             manifest.digest,
+            context_codes(vocabulary, declaration.context),
         )
 
     @staticmethod
@@ -163,7 +168,9 @@ class SequenceDataset:
             raise ValueError("spans must lie inside their users' sequences: 0 <= start <= stop <= length")
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(stops - starts)])
         chunk, source, length = self._spans(rows, starts, stops)
-        return Jagged(offsets, *(_copied(self._values[name], chunk, source, length) for name in LISTS))
+        found = {name: _copied(chunks, chunk, source, length) for name, chunks in self._values.items()}
+        context = {name: found.pop(CONTEXT + name) for name in self.codes}
+        return Jagged(offsets, **found, context=context)
 
     def at(self, rows: np.ndarray, positions: np.ndarray) -> Jagged:
         """Return the exposure at `positions` of each user row, int64 [B] each: spans of one."""
@@ -209,6 +216,11 @@ class SequenceDataset:
         return pieces.chunk[at], pieces.start[at] + low, high - low
 
 
+def list_names(context: Iterable[str]) -> tuple[str, ...]:
+    """Return the list columns of a segment whose data set has these context columns."""
+    return (*LISTS, *(CONTEXT + name for name in context))
+
+
 def read_segment(folder: Path) -> pa.Table:
     """Return a segment as a memory-mapped table. Raises UserError if it is damaged."""
     try:
@@ -223,47 +235,14 @@ def ramps(starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
     return np.arange(int(lengths.sum()), dtype=np.int64) + np.repeat(shift, lengths)
 
 
-def _index(segments: list[pa.Table], batches: list[pa.RecordBatch]) -> tuple[pa.Array, _Pieces]:
-    """Return the ids of all users, ascending, and where their pieces lie."""
-    offsets = [batch.column("items").offsets.to_numpy() for batch in batches]
-    chunk = np.repeat(np.arange(len(batches)), [len(batch) for batch in batches])
-    none = [np.zeros(0, np.int64)]
-    start = np.concatenate([*(each[:-1] for each in offsets), *none])
-    length = np.concatenate([*(np.diff(each) for each in offsets), *none])
-    users = pa.concat_arrays(
-        [batch.column("user_id") for batch in batches] or [segments[0]["user_id"].combine_chunks()]
-    )
-    if len(segments) == 1:
-        rows = np.arange(len(users) + 1)
-        return users, _Pieces(rows, chunk, start, np.zeros(len(users), np.int64), length)
-    order = pc.sort_indices(users).to_numpy()  # stable: a user's pieces stay in the order of their segments
-    users, chunk, start, length = users.take(pa.array(order)), chunk[order], start[order], length[order]
-    replaces = np.concatenate([_replaces(batch) for batch in batches])[order]
-    first = np.ones(len(users), bool)
-    first[1:] = pc.not_equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)
-    owner = np.cumsum(first) - 1
-    # A piece counts unless a later one of its user replaces it.
-    place = np.arange(len(users))
-    from_ = np.maximum.reduceat(np.where(replaces | first, place, 0), np.flatnonzero(first))
-    kept = place >= from_[owner]
-    owner, chunk, start, length = owner[kept], chunk[kept], start[kept], length[kept]
-    rows = np.searchsorted(owner, np.arange(len(from_) + 1))
-    ends = np.cumsum(length) - length
-    begin = ends - ends[rows[:-1]][owner]
-    return users.take(pa.array(np.flatnonzero(first))), _Pieces(rows, chunk, start, begin, length)
-
-
-def _replaces(batch: pa.RecordBatch) -> np.ndarray:
-    if "replaces" not in batch.schema.names:
-        return np.zeros(len(batch), bool)
-    return batch.column("replaces").to_numpy(zero_copy_only=False)
-
-
 def _copied(chunks: list[np.ndarray], chunk: np.ndarray, source: np.ndarray, length: np.ndarray) -> np.ndarray:
     """Return the spans of chunked values one after the other, int64 [T]."""
     used = np.unique(chunk)
     if len(used) == 1:
         return np.take(chunks[used[0]], ramps(source, length))
+    if len(length) and LONG_SPAN * len(length) <= length.sum():
+        spans = zip(chunk.tolist(), source.tolist(), (source + length).tolist(), strict=True)
+        return np.concatenate([chunks[each][begin:end] for each, begin, end in spans])
     out = np.empty(int(length.sum()), np.int64)
     place = np.cumsum(length) - length
     for each in used:

@@ -1,11 +1,11 @@
 """Sorted events become exposures, exposures become one jagged row per user.
 
-Invariant: rows of one (user, item, time) are one exposure with the union of their actions, in the place of the first of
-them; the order is total: (user, event_ts, landed file, source row). Batches are cut by content alone, however the
-stream is cut, so equal events give equal bytes.
+Invariant: rows of one (user, item, time) are one exposure with the union of their actions, in the place and with the
+context of the first of them; the order is total: (user, event_ts, landed file, source row). Batches are cut by content
+alone, however the stream is cut, so equal events give equal bytes.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,14 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gr_platform.prefetch import prefetched
-from gr_platform.sequences.dataset import FILE, LISTS, Jagged
+from gr_platform.sequences.codes import Codes
+from gr_platform.sequences.dataset import FILE, Jagged, list_names
 from gr_platform.sequences.vocabulary import Vocabulary
 
 MAX_BATCH_USERS = 1 << 16
 MAX_BATCH_EVENTS = 1 << 22
 STREAM_ROWS = 1 << 17
+EVENT_COLUMNS = ("user_id", "item_id", "action", "event_ts")
 # A table of places is as long as the range of ids: kept where that is small for the number of items.
 _TABLE_LENGTH = 1 << 24
 
@@ -48,22 +50,25 @@ class ItemIndex:
         return np.asarray(known[coded.indices.to_numpy()])
 
 
-def events_of(files: Iterable[Path]) -> Iterator[pa.Table]:
+def events_of(files: Iterable[Path], context: Sequence[str] = ()) -> Iterator[pa.Table]:
     """Yield the columns that sequences are made of from files of sorted events, one file after the other."""
-    columns = ["user_id", "item_id", "action", "event_ts"]
+    columns = [*EVENT_COLUMNS, *context]
     for file in files:
-        for batch in pq.ParquetFile(file, read_dictionary=["action"]).iter_batches(STREAM_ROWS, columns=columns):
+        opened = pq.ParquetFile(file, read_dictionary=["action", *context])
+        for batch in opened.iter_batches(STREAM_ROWS, columns=columns):
             yield pa.Table.from_batches([batch])
 
 
-def exposures(events: Iterable[pa.Table], vocabulary: Vocabulary, actions: tuple[str, ...]) -> Iterator[pa.Table]:
-    """Yield exposures (user_id, items, actions, times) of events in the total order (user_id, item_id, action,
-    event_ts), at least one moment of a user at a time."""
+def exposures(
+    events: Iterable[pa.Table], vocabulary: Vocabulary, actions: tuple[str, ...], codes: Mapping[str, Codes]
+) -> Iterator[pa.Table]:
+    """Yield exposures (user_id, items, actions, times, context_...) of events in the total order (user_id, item_id,
+    action, event_ts and the context columns that `codes` names), at least one moment of a user at a time."""
     index = ItemIndex(vocabulary)
     masks = pa.array(actions)
     pending: list[pa.Table] = []
     for rows in prefetched(events, depth=8):
-        rows = pa.concat_tables([*pending, _prepared(rows, index, masks)]).combine_chunks()
+        rows = pa.concat_tables([*pending, _prepared(rows, index, masks, codes)]).combine_chunks()
         last = _last_moment(rows)
         if last:
             yield _merged(rows.slice(0, last))
@@ -72,14 +77,15 @@ def exposures(events: Iterable[pa.Table], vocabulary: Vocabulary, actions: tuple
         yield _merged(pending[0])
 
 
-def _prepared(rows: pa.Table, index: ItemIndex, actions: pa.Array) -> pa.Table:
+def _prepared(rows: pa.Table, index: ItemIndex, actions: pa.Array, codes: Mapping[str, Codes]) -> pa.Table:
     action = rows["action"].combine_chunks()
     if not pa.types.is_dictionary(action.type):
         action = action.dictionary_encode()
     bits = pc.index_in(action.dictionary, value_set=actions).to_numpy()
     masks = np.left_shift(np.int64(1), bits.astype(np.int64))[action.indices.to_numpy()]
     columns = [rows["user_id"], index(rows["item_id"].combine_chunks()), masks, rows["event_ts"]]
-    return pa.table(columns, names=["user_id", *LISTS])
+    columns += [known.lookup(rows[name].combine_chunks()) for name, known in codes.items()]
+    return pa.table(columns, names=["user_id", *list_names(codes)])
 
 
 def _last_moment(rows: pa.Table) -> int:
@@ -144,7 +150,8 @@ def rows_of(blocks: Iterable[tuple[pa.Array, Jagged]]) -> Iterator[pa.Table]:
     """Yield exposures again from (user ids [B], their sequences)."""
     for users, block in blocks:
         owners = users.take(pa.array(block.owner))
-        yield pa.table([owners, block.items, block.actions, block.times], names=["user_id", *LISTS])
+        lists = [block.items, block.actions, block.times, *block.context.values()]
+        yield pa.table([owners, *lists], names=["user_id", *list_names(block.context)])
 
 
 def write_segment(folder: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> dict[str, Any]:
@@ -187,5 +194,6 @@ def _batch(table: pa.Table, bounds: np.ndarray, schema: pa.Schema) -> pa.RecordB
     columns = [span["user_id"].combine_chunks().take(offsets[:-1]).cast(schema.field("user_id").type)]
     if "replaces" in schema.names:
         columns.append(pa.array(np.zeros(len(bounds) - 1, bool)))
-    columns += [pa.LargeListArray.from_arrays(offsets, span[name].combine_chunks()) for name in LISTS]
+    lists = span.column_names[1:]
+    columns += [pa.LargeListArray.from_arrays(offsets, span[name].combine_chunks()) for name in lists]
     return pa.RecordBatch.from_arrays(columns, schema=schema)

@@ -15,13 +15,14 @@ import pyarrow.compute as pc
 
 from gr_platform import storage
 from gr_platform.errors import UserError
-from gr_platform.events.database import parquet_of
+from gr_platform.events.database import parquet_of, quoted
 from gr_platform.events.ingest import CleanEvents, clean_events
 from gr_platform.events.partitions import event_files
 from gr_platform.sequences import exposures
-from gr_platform.sequences.dataset import LISTS, SequenceDataset, read_segment
-from gr_platform.sequences.exposures import events_of, jagged_rows, rows_of, write_segment
-from gr_platform.sequences.vocabulary import Vocabulary
+from gr_platform.sequences.codes import Codes
+from gr_platform.sequences.dataset import SequenceDataset, list_names, read_segment
+from gr_platform.sequences.exposures import EVENT_COLUMNS, events_of, jagged_rows, rows_of, write_segment
+from gr_platform.sequences.vocabulary import Vocabulary, context_codes
 
 # Segments beside the base are merged into a new one when they hold more than this share of the exposures.
 COMPACT_SHARE = 0.2
@@ -32,7 +33,8 @@ def sequentialize(home: Path, ds: str) -> storage.Result:
     """Return the sequences of all ingested events over the current vocabulary, and make them current.
 
     Files: per segment one Arrow IPC file, a row a user: user_id; items (dense index), actions (bitmask), times (ms UTC)
-    as large_list<int64>; behind the base also `replaces`. Raises UserError if the vocabulary is of other events.
+    and context_<name> (codes) as large_list<int64>; behind the base also `replaces`. Raises UserError if the vocabulary
+    is of other events.
     """
     events = clean_events(home, ds)
     parent = home / "sequences" / ds
@@ -47,7 +49,8 @@ def sequentialize(home: Path, ds: str) -> storage.Result:
         "vocabulary_folder": folder.name,
         "version": SEQUENCES_VERSION,
     }
-    segments = _Segments(parent, events, Vocabulary.load(folder))
+    codes = context_codes(folder, events.declaration.context)
+    segments = _Segments(parent, events, Vocabulary.load(folder), codes)
 
     def build(_: Path) -> dict[str, Any]:
         dataset, names = segments.compacted()
@@ -72,8 +75,8 @@ def _is_whole(folder: Path) -> bool:
 class _Segments:
     """The segments of one set of events."""
 
-    def __init__(self, parent: Path, events: CleanEvents, vocabulary: Vocabulary) -> None:
-        self.parent, self.events, self.vocabulary = parent, events, vocabulary
+    def __init__(self, parent: Path, events: CleanEvents, vocabulary: Vocabulary, codes: dict[str, Codes]) -> None:
+        self.parent, self.events, self.vocabulary, self.codes = parent, events, vocabulary, codes
         self.declaration = events.declaration
         manifests = {date: storage.read_manifest(folder) for date, folder in events.partitions.items()}
         self.by_digest = {manifests[date].digest: folder for date, folder in events.partitions.items()}
@@ -93,7 +96,7 @@ class _Segments:
         return dataset, names
 
     def _dataset(self, tables: list[pa.Table]) -> SequenceDataset:
-        return SequenceDataset(tables, self.declaration, self.vocabulary, digest="")
+        return SequenceDataset(tables, self.declaration, self.vocabulary, "", self.codes)
 
     def _usable(self) -> tuple[list[str], int]:
         """Return those of the current segments that start these sequences too, and how many partitions they cover."""
@@ -109,7 +112,8 @@ class _Segments:
             except UserError:
                 break
             end = covered + len(spec["events"])
-            known = {"num_items": spec["items"]["num"], "num_actions": len(spec["actions"])}
+            known: dict[str, Any] = {"num_items": spec["items"]["num"], "num_actions": len(spec["actions"])}
+            known["num_values"] = {name: num for name, num, _ in spec.get("context", [])}
             if spec != self._spec(self.digests[:covered], self.digests[covered:end], **known):
                 break
             names.append(name)
@@ -117,14 +121,20 @@ class _Segments:
         return names, covered
 
     def _spec(
-        self, before: list[str], events: list[str], *, num_items: int | None = None, num_actions: int | None = None
+        self,
+        before: list[str],
+        events: list[str],
+        *,
+        num_items: int | None = None,
+        num_actions: int | None = None,
+        num_values: dict[str, int] | None = None,
     ) -> dict[str, Any]:
-        """Return what a segment is made from: of vocabulary and actions, to which both only append, as much as there
-        was when it was made."""
+        """Return what a segment is made from: of vocabulary, actions and codes, which all are only appended to, as much
+        as there was when it was made."""
         declared = self.declaration
         num_items = self.vocabulary.num_items if num_items is None else num_items
         known = min(num_items, self.vocabulary.num_items)
-        return {
+        spec: dict[str, Any] = {
             "before": before,
             "events": events,
             "actions": list(declared.actions[:num_actions]),
@@ -132,6 +142,9 @@ class _Segments:
             "items": {"num": num_items, "digest": self.vocabulary.digest_of_first(known)},
             "version": SEQUENCES_VERSION,
         }
+        if self.codes:
+            spec["context"] = [_named_codes(name, codes, num_values or {}) for name, codes in self.codes.items()]
+        return spec
 
     def _segment(self, names: list[str], before: list[str], events: list[str]) -> str:
         """Return the segment of the partitions `events` behind those that segments `names` hold."""
@@ -139,8 +152,7 @@ class _Segments:
 
         def build(folder: Path) -> dict[str, Any]:
             schema = self._schema(replaces=bool(before))
-            rows = exposures.exposures(self._sorted(events), self.vocabulary, self.declaration.actions)
-            batches = jagged_rows(rows, schema)
+            batches = jagged_rows(self._exposures(events), schema)
             if before:
                 known = self._dataset([read_segment(self.parent / name) for name in names])
                 batches = self._appended(batches, known, [*before, *events], schema)
@@ -164,19 +176,26 @@ class _Segments:
     def _schema(self, *, replaces: bool) -> pa.Schema:
         id_type = pa.int64() if self.declaration.user_id_type == "int64" else pa.string()
         flag = [("replaces", pa.bool_())] if replaces else []
-        return pa.schema([("user_id", id_type), *flag, *((name, pa.large_list(pa.int64())) for name in LISTS)])
+        lists = [(name, pa.large_list(pa.int64())) for name in list_names(self.codes)]
+        return pa.schema([("user_id", id_type), *flag, *lists])
+
+    def _exposures(self, digests: list[str], late: pa.Array | None = None) -> Iterator[pa.Table]:
+        """Yield the exposures of partitions; of the users `late` alone, where given."""
+        events = self._sorted(digests, late)
+        return exposures.exposures(events, self.vocabulary, self.declaration.actions, self.codes)
 
     def _sorted(self, digests: list[str], late: pa.Array | None = None) -> Iterator[pa.Table]:
         """Yield the events of partitions in the total order; of the users `late` alone, where given."""
         files = [file for digest in digests for file in event_files(self.by_digest[digest])]
         if len(digests) == 1 and late is None:
-            yield from events_of(files)
+            yield from events_of(files, list(self.codes))
             return
         chosen = "" if late is None else "SEMI JOIN late USING (user_id)"
         tables = {} if late is None else {"late": pa.table({"user_id": late})}
         with self.events.connect(**tables) as connection:
+            columns = ", ".join(map(quoted, (*EVENT_COLUMNS, *self.codes)))
             sorted_ = (
-                f"SELECT user_id, item_id, action, event_ts FROM {parquet_of(files)} {chosen} "  # noqa: S608
+                f"SELECT {columns} FROM {parquet_of(files)} {chosen} "  # noqa: S608
                 "ORDER BY user_id, event_ts, source_file, source_row"
             )
             for batch in connection.sql(sorted_).to_arrow_reader(exposures.STREAM_ROWS):
@@ -198,8 +217,7 @@ class _Segments:
             if not is_late.all():
                 yield _compact(batch.filter(pa.array(~is_late)), schema)
         if chosen := pa.concat_arrays(late) if sum(map(len, late)) else None:
-            whole = exposures.exposures(self._sorted(digests, chosen), self.vocabulary, self.declaration.actions)
-            for batch in jagged_rows(whole, schema):
+            for batch in jagged_rows(self._exposures(digests, chosen), schema):
                 yield batch.set_column(1, "replaces", pc.fill_null(pa.nulls(len(batch), pa.bool_()), True))
 
 
@@ -208,12 +226,17 @@ def _compact(batch: pa.RecordBatch, schema: pa.Schema) -> pa.RecordBatch:
     columns = []
     for name in schema.names:
         column = batch.column(name)
-        if name in LISTS:
+        if pa.types.is_large_list(column.type):
             lengths = np.diff(column.offsets.to_numpy())
             offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(lengths)])
             column = pa.LargeListArray.from_arrays(pa.array(offsets), column.flatten())
         columns.append(column)
     return pa.RecordBatch.from_arrays(columns, schema=schema)
+
+
+def _named_codes(name: str, codes: Codes, num_values: dict[str, int]) -> list[Any]:
+    num = num_values.get(name, codes.num_values)
+    return [name, num, codes.digest_of_first(min(num, codes.num_values))]
 
 
 def _facts(dataset: SequenceDataset) -> dict[str, Any]:

@@ -6,6 +6,7 @@ needs numpy and pyarrow alone: the model server imports this module.
 """
 
 import hashlib
+from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,6 +18,7 @@ import pyarrow.parquet as pq
 
 from gr_platform import storage
 from gr_platform.errors import UserError
+from gr_platform.sequences.codes import Codes, appended
 
 if TYPE_CHECKING:
     from gr_platform.events.ingest import CleanEvents
@@ -139,8 +141,10 @@ def build_vocabulary(home: Path, ds: str) -> storage.Result:
     """Return the vocabulary of all ingested events, appended to the data set's current one, and make it current.
 
     It starts afresh where the ids changed their type, which an import that replaces a data set's only file can do.
-    New items follow in the order (landed file, first event_ts, id), so building it file by file equals one build.
+    New items follow in the order (landed file, first event_ts, id), so building it file by file equals one build; so do
+    new values of each declared context column, whose codes lie beside it in context-<name>.parquet (value, count).
     """
+    from gr_platform.events.cleaning import context_file
     from gr_platform.events.ingest import clean_events
 
     events = clean_events(home, ds)
@@ -153,18 +157,24 @@ def build_vocabulary(home: Path, ds: str) -> storage.Result:
         base = known = None
     table = _item_table(_items_of(events), known)
     vocabulary = Vocabulary(table)
+    context = _context_tables(events, base)
 
     def build(folder: Path) -> dict[str, Any]:
         pq.write_table(table, folder / FILE, compression="zstd")
+        for name, values in context.items():
+            pq.write_table(values, folder / context_file(name), compression="zstd")
         return {
             "num_items": vocabulary.num_items,
             "num_rows": vocabulary.num_rows,
             "num_new": vocabulary.num_items - (base.manifest.facts["num_items"] if base else 0),
             "num_inactive": vocabulary.num_items - int(vocabulary.active.sum()),
             "vocabulary_digest": vocabulary.digest,
+            **({"num_values": {name: len(values) for name, values in context.items()}} if context else {}),
         }
 
-    spec = {"events": events.digest, "num_oov": NUM_OOV, "ids": vocabulary.digest}
+    spec: dict[str, Any] = {"events": events.digest, "num_oov": NUM_OOV, "ids": vocabulary.digest}
+    if context:
+        spec["context"] = {name: Codes(values).digest for name, values in context.items()}
     result = storage.ensure(parent, "vocabulary", spec, build)
     storage.point(parent, "vocabulary", result.folder)
     return result
@@ -187,6 +197,35 @@ def _items_of(events: "CleanEvents") -> pa.Table:
     with connect(events.home) as connection:
         connection.execute(f"CREATE VIEW items AS FROM {counted}")
         return connection.sql(_ITEMS).to_arrow_table()
+
+
+_VALUES = """
+    SELECT value, sum(count)::BIGINT AS count
+    FROM counted
+    GROUP BY value
+    ORDER BY min(source_file), arg_min(first_ts, source_file), value
+"""
+
+
+def _context_tables(events: "CleanEvents", base: storage.Result | None) -> dict[str, pa.Table]:
+    """Return the values of each declared context column (value, count) behind those that have a code already."""
+    from gr_platform.events.cleaning import context_file
+    from gr_platform.events.database import connect, parquet_of
+
+    tables: dict[str, pa.Table] = {}
+    for name in events.declaration.context:
+        file = context_file(name)
+        known = Codes.load(base.folder / file) if base and file in base.manifest.files else None
+        with connect(events.home) as connection:
+            counted = parquet_of(folder / file for folder in events.partitions.values())
+            connection.execute(f"CREATE VIEW counted AS FROM {counted}")
+            tables[name] = appended(connection.sql(_VALUES).to_arrow_table(), known, name)
+    return tables
+
+
+def context_codes(folder: Path, names: Iterable[str]) -> dict[str, Codes]:
+    """Return the codes of context columns from the folder of a vocabulary. Raises UserError if they are not there."""
+    return {name: Codes.load(folder / f"context-{name}.parquet") for name in names}
 
 
 def _current(parent: Path) -> storage.Result | None:

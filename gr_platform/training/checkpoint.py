@@ -16,19 +16,23 @@ from safetensors.torch import save_file
 from gr_platform.errors import UserError
 
 CHECKPOINT = "checkpoint.safetensors"
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
 
 State = dict[str, torch.Tensor]
 
 
 @dataclass(kw_only=True)
 class Progress:
-    """What has happened so far: each epoch's figures, goal (higher is better) and seconds; the best weights."""
+    """What has happened so far: each epoch's figures, goal (higher is better) and seconds; the best weights.
+
+    cursor: the place of the reader (sequences/reader.py) to go on from.
+    """
 
     curves: list[dict[str, Any]] = field(default_factory=list)
     goals: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
     best_epoch: int = 0
+    cursor: dict[str, Any] = field(default_factory=dict)
     best: State = field(default_factory=dict)
 
     @property
@@ -54,6 +58,7 @@ def save_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim
         "goals": done.goals,
         "seconds": done.seconds,
         "best_epoch": done.best_epoch,
+        "cursor": done.cursor,
     }
     folder.mkdir(parents=True, exist_ok=True)
     writing = folder / f".writing-{os.getpid()}"
@@ -97,6 +102,7 @@ def load_checkpoint(folder: Path, model: torch.nn.Module, optimizer: torch.optim
         goals=header["goals"],
         seconds=header["seconds"],
         best_epoch=header["best_epoch"],
+        cursor=header["cursor"],
         best=_part(tensors, "best."),
     )
 

@@ -1,4 +1,4 @@
-"""One epoch: a pass over the users, then validation.
+"""One epoch: a pass over the reader's batches, then validation.
 
 Invariant: an epoch's batches, negatives and dropout masks are functions of (seed, epoch or step), never of what ran
 before in the process.
@@ -8,10 +8,10 @@ import json
 import logging
 import math
 import time
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
@@ -20,8 +20,8 @@ from gr_platform.evaluation.ranks import NonFiniteScores
 from gr_platform.models.batch import EventBatch
 from gr_platform.models.build import Model
 from gr_platform.models.config import Recipe
-from gr_platform.sequences.dataset import SequenceDataset
-from gr_platform.training.batches import shuffled_batches, training_batch
+from gr_platform.sequences.reader import Batch, Reader
+from gr_platform.training.batches import training_batch
 from gr_platform.training.checkpoint import Progress, copy_state
 from gr_platform.training.objectives import Objective
 from gr_platform.training.seeds import torch_seed
@@ -40,17 +40,15 @@ class Epoch:
 
     def __init__(
         self,
-        dataset: SequenceDataset,
+        reader: Reader,
         recipe: Recipe,
-        rows: np.ndarray,
-        ends: np.ndarray,
         objective: Objective,
         checkpoint: Path,
         progress: bool,
     ) -> None:
-        self.dataset, self.recipe, self.rows, self.ends = dataset, recipe, rows, ends
-        self.objective, self.checkpoint, self.progress = objective, checkpoint, progress
-        self.num_steps = math.ceil(len(rows) / recipe.training.batch_size)
+        self.reader, self.recipe, self.objective = reader, recipe, objective
+        self.checkpoint, self.progress = checkpoint, progress
+        self.num_steps = reader.num_batches(0)
 
     def __call__(self, model: Model, optimizer: torch.optim.Optimizer, done: Progress) -> None:
         """Train one epoch, validate, and record both in `done`."""
@@ -67,6 +65,7 @@ class Epoch:
         done.curves.append({"epoch": epoch, **entry, **figures})
         done.goals.append(goal)
         done.seconds.append(seconds)
+        done.cursor = self.reader.cursor(epoch + 1)
         if epoch == 0 or goal > done.goals[done.best_epoch]:
             done.best_epoch, done.best = epoch, copy_state(model)
         logger.info(
@@ -78,16 +77,18 @@ class Epoch:
         torch.manual_seed(torch_seed(training.seed, "dropout", epoch))
         model.train()
         total, num_targets, num_tokens, started = 0.0, 0, 0, time.monotonic()
-        batches = shuffled_batches(np.arange(len(self.rows)), training.batch_size, seed=training.seed, epoch=epoch)
         label = f"{self.recipe.model.kind} epoch {epoch + 1}/{training.max_epochs}"
         disable = None if self.progress else True
-        with tqdm(batches, total=self.num_steps, desc=label, disable=disable, leave=False) as bar:
-            for index, chosen in enumerate(bar):
-                batch = training_batch(self.dataset, self.rows[chosen], self.ends[chosen], self.recipe.model)
+        with (
+            closing(self.reader.read(epoch)) as batches,
+            tqdm(batches, total=self.num_steps, desc=label, disable=disable, leave=False) as bar,
+        ):
+            for index, read in enumerate(bar):
+                batch = training_batch(read)
                 loss, targets = self.objective.loss(model, batch, epoch * self.num_steps + index)
                 value = float(loss.detach())
                 if not math.isfinite(value):
-                    raise self._broken(epoch, index, value, self.rows[chosen])
+                    raise self._broken(epoch, index, value, read)
                 if targets:
                     optimizer.zero_grad(set_to_none=True)
                     loss.backward()
@@ -102,8 +103,8 @@ class Epoch:
         per_event = 2 if self.recipe.model.kind == "ranking" else 1
         return len(batch) + per_event * len(batch.items)
 
-    def _broken(self, epoch: int, step: int, value: float, rows: np.ndarray) -> NonFiniteLoss:
-        users = [str(user) for user in self.dataset.user_ids[rows].tolist()]
+    def _broken(self, epoch: int, step: int, value: float, read: Batch) -> NonFiniteLoss:
+        users = [str(user) for user in self.reader.dataset.ids_of(read.rows).to_pylist()]
         saved = {"epoch": epoch, "step": step, "loss": str(value), "user_ids": users}
         storage.write_text(self.checkpoint / BAD_BATCH, json.dumps(saved, indent=1) + "\n")
         return NonFiniteLoss(

@@ -22,6 +22,7 @@ from gr_platform.models.config import Kind, Recipe, TrainingConfig
 from gr_platform.models.recipes import RECIPES, require_recipe
 from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.splits import train_ends
+from gr_platform.training.batches import training_reader
 from gr_platform.training.checkpoint import Progress, load_checkpoint, save_checkpoint
 from gr_platform.training.epoch import Epoch
 from gr_platform.training.load import save_model
@@ -45,21 +46,23 @@ def train(
 
     Resumes from the folder `checkpoint`, which the caller removes once the result is safe; without one,
     `.checkpoint-<name of out>` beside `out` is used and removed at the end.
-    Raises UserError if the data set is too small or has nothing to learn, NonFiniteLoss if training breaks.
+    Raises UserError if the data set is too small or has nothing to learn, or if the checkpoint belongs to other
+    sequences or settings; NonFiniteLoss if training breaks.
     """
     torch.set_num_threads(settings.num_threads())
     keep_freed_memory()
     folder = checkpoint or out.parent / f".checkpoint-{out.name}"
     rows, ends = training_users(dataset)
-    objective = objective_of(dataset, recipe)
+    reader, objective = training_reader(dataset, rows, ends, recipe), objective_of(dataset, recipe)
     shape = _shape(dataset)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(recipe.training.seed, "weights"))
         model = build_model(recipe.model, **shape)
         optimizer = adamw(model, recipe.training)
-        done = load_checkpoint(folder, model, optimizer) or Progress()
-        logger.info("train kind=%s users=%d epochs_done=%d", recipe.model.kind, len(rows), done.num_epochs)
-        epoch_run = Epoch(dataset, recipe, rows, ends, objective, folder, progress)
+        done = load_checkpoint(folder, model, optimizer) or Progress(cursor=reader.cursor(0))
+        epoch, _ = reader.position(done.cursor)
+        logger.info("train kind=%s users=%d epochs_done=%d", recipe.model.kind, len(rows), epoch)
+        epoch_run = Epoch(reader, recipe, objective, folder, progress)
         while not finished(done, recipe.training):
             epoch_run(model, optimizer, done)
             save_checkpoint(folder, model, optimizer, done)

@@ -26,6 +26,18 @@ from .conftest import START_MS, Row, crowd
 from .test_sequentialize import content, history
 
 DAY = 86_400_000
+DECLARED = """
+name = "log"
+actions = ["view", "buy"]
+positives = ["view", "buy"]
+time_unit = "ms"
+context = ["device"]
+[columns]
+user_id = "user_id"
+item_id = "item_id"
+action = "action"
+event_ts = "event_ts"
+"""
 
 
 def names(home: Path) -> list[str]:
@@ -99,7 +111,13 @@ def test_segments_are_compacted_to_what_one_build_gives(home, days, tmp_path):
     assert replayed.digest == dataset.digest
 
 
-events = st.tuples(st.integers(1, 4), st.integers(1, 6), st.sampled_from(["view", "buy"]), st.integers(0, 12))
+events = st.tuples(
+    st.integers(1, 4),
+    st.integers(1, 6),
+    st.sampled_from(["view", "buy"]),
+    st.integers(0, 12),
+    st.sampled_from([None, "", "app", "web", "tv"]),
+)
 
 
 @settings(max_examples=12, deadline=None)
@@ -109,23 +127,25 @@ events = st.tuples(st.integers(1, 4), st.integers(1, 6), st.sampled_from(["view"
     compact=st.sampled_from([0.0, 0.2, 1.0]),
 )
 def test_incremental_equals_replay(tmp_path_factory, all_days, dates, compact):
-    """Random days with ties, repeats of other days, late events and dates that run backwards."""
+    """Random days with ties, repeats of other days under another context, late events and dates that run backwards."""
     folder = tmp_path_factory.mktemp("days")
+    (folder / "log.toml").write_text(DECLARED)
     made = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "COMPACT_SHARE", compact)
         for incremental in (True, False):
             home = folder / f"incremental-{incremental}"
             for number, day in enumerate(all_days):
-                rows = [*crowd(3 * number), (1, 1, "view", 0), (1, 1, "buy", 0), *day]
-                users, items, actions, times = (list(column) for column in zip(*rows, strict=True))
-                table = {"user_id": users, "item_id": items, "action": actions}
+                fixed = [*crowd(3 * number), (1, 1, "view", 0), (1, 1, "buy", 0)]
+                rows = [*((*row, f"day {number}") for row in fixed), *day]
+                users, items, actions, times, devices = (list(column) for column in zip(*rows, strict=True))
+                table = {"user_id": users, "item_id": items, "action": actions, "device": devices}
                 pq.write_table(pa.table(table | {"event_ts": [START_MS + at for at in times]}), folder / "day.parquet")
                 # The same rows may come as the same file: the ledger knows it, and its date moves.
                 import_file(
                     folder / "day.parquet",
                     home=home,
-                    dataset="log",
+                    declaration=str(folder / "log.toml"),
                     ingest_date=f"2026-01-0{dates[number]}",
                 )
                 if incremental:

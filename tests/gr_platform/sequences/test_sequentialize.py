@@ -8,6 +8,7 @@ from gr_platform import storage
 from gr_platform.errors import UserError
 from gr_platform.events.ingest import ingest
 from gr_platform.events.landing import import_file
+from gr_platform.sequences import dataset as dataset_module
 from gr_platform.sequences import exposures
 from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.sequentialize import sequentialize
@@ -33,7 +34,8 @@ def content(dataset):
     """Return everything a data set holds, comparable."""
     _, block = next(iter(dataset.blocks()))
     arrays = (dataset.user_ids, block.offsets, block.items, block.actions, block.times)
-    return [array.tolist() for array in arrays] + [dataset.vocabulary.item_ids.tolist()]
+    context = {name: (codes.tolist(), dataset.codes[name].values.tolist()) for name, codes in block.context.items()}
+    return [array.tolist() for array in arrays] + [dataset.vocabulary.item_ids.tolist(), context]
 
 
 def test_rows_of_one_user_item_and_time_are_one_exposure(make):
@@ -76,6 +78,18 @@ def test_blocks_are_all_users_once_and_no_larger_than_asked(make):
         np.concatenate([block.items for _, block in blocks]).tolist() == next(iter(dataset.blocks()))[1].items.tolist()
     )
     assert all(len(block.items) <= 10 for _, block in blocks)
+
+
+@pytest.mark.parametrize("long_span", [0, 1 << 40])
+def test_spans_across_record_batches_are_the_same_copied_either_way(make, monkeypatch, long_span):
+    monkeypatch.setattr(exposures, "MAX_BATCH_USERS", 3)
+    dataset = make([*crowd(), *((1, item, "view", item) for item in range(9))])
+    monkeypatch.setattr(dataset_module, "LONG_SPAN", long_span)
+    rows, starts, stops = np.array([9, 1, 0, 5, 1]), np.array([0, 2, 3, 1, 0]), np.array([4, 2, 9, 2, 4])
+    found = dataset.gather(rows, starts, stops)
+    expected = [dataset.history(row, stop)[0][start:] for row, start, stop in zip(rows, starts, stops, strict=True)]
+    assert found.items.tolist() == np.concatenate(expected).tolist()
+    assert np.diff(found.offsets).tolist() == (stops - starts).tolist()
 
 
 def test_the_file_is_read_without_code_of_ours(make, home):

@@ -1,12 +1,11 @@
 """Training through the kernels is training through plain PyTorch: the same losses, step for step."""
 
-import numpy as np
 import pytest
 import torch
 
 from gr_platform.models.build import build_model
 from gr_platform.models.recipes import tiny
-from gr_platform.training.batches import shuffled_batches, training_batch
+from gr_platform.training.batches import training_batch, training_reader
 from gr_platform.training.loop import adamw, training_users
 from gr_platform.training.objectives import objective_of
 
@@ -26,12 +25,11 @@ def loss_curve(dataset, recipe, backend):
     model.encoder.backend = backend
     assert {layer.backend for layer in model.encoder.layers} == {backend}
     optimizer, objective = adamw(model, recipe.training), objective_of(dataset, recipe)
-    rows, ends = training_users(dataset)
+    reader = training_reader(dataset, *training_users(dataset), recipe)
     losses = []
     while len(losses) < NUM_STEPS:
-        for chosen in shuffled_batches(np.arange(len(rows)), recipe.training.batch_size, seed=1, epoch=len(losses)):
-            batch = training_batch(dataset, rows[chosen], ends[chosen], recipe.model)
-            loss, _ = objective.loss(model, batch, len(losses))
+        for batch in reader.read(len(losses)):
+            loss, _ = objective.loss(model, training_batch(batch), len(losses))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

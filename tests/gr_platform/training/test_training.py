@@ -1,4 +1,5 @@
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,9 +12,10 @@ from gr_platform.models.build import build_model
 from gr_platform.models.config import Recipe
 from gr_platform.models.recipes import tiny
 from gr_platform.models.retrieval import RetrievalModel
+from gr_platform.sequences.reader import Reader
 from gr_platform.training import epoch as epoch_module
 from gr_platform.training import loop
-from gr_platform.training.batches import shuffled_batches, training_batch
+from gr_platform.training.batches import training_batch, training_reader
 from gr_platform.training.checkpoint import CHECKPOINT, Progress, load_checkpoint, save_checkpoint
 from gr_platform.training.load import load_model
 from gr_platform.training.loop import finished, train, training_users
@@ -28,15 +30,21 @@ class Killed(BaseException):
 
 
 def kill_at_epoch(monkeypatch, number):
-    real = epoch_module.shuffled_batches
+    real = Reader.read
 
-    def until(rows, batch_size, *, seed, epoch):
-        for index, batch in enumerate(real(rows, batch_size, seed=seed, epoch=epoch)):
+    def until(self, epoch):
+        for index, batch in enumerate(real(self, epoch)):
             if epoch == number and index == 1:
                 raise Killed
             yield batch
 
-    monkeypatch.setattr(epoch_module, "shuffled_batches", until)
+    monkeypatch.setattr(Reader, "read", until)
+
+
+def whole_batch(dataset, rows, ends, config):
+    """Return users' exposures before `ends` as one training batch."""
+    reader = training_reader(dataset, np.asarray(rows), np.asarray(ends), replace(tiny(config.kind), model=config))
+    return training_batch(reader.form(np.arange(len(rows)), epoch=0))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -110,8 +118,8 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_whole_epoch(cycle_da
     real = epoch_module.training_batch
     calls = iter(range(100))
 
-    def poisoned(dataset, rows, ends, config):
-        batch = real(dataset, rows, ends, config)
+    def poisoned(read):
+        batch = real(read)
         if next(calls) >= 2:  # two batches an epoch: from epoch 1 on
             with torch.no_grad():
                 for parameter in models[0].parameters():
@@ -159,16 +167,16 @@ def test_too_few_users_and_tasks_that_cannot_be_learned_are_refused(make_dataset
 
 def test_no_batch_holds_a_held_out_event_and_every_user_comes_once(cycle_dataset):
     rows, ends = training_users(cycle_dataset)
-    config = tiny("retrieval").model
+    reader = training_reader(cycle_dataset, rows, ends, tiny("retrieval").with_training(batch_size=16))
     for number in range(2):
         seen = []
-        for chosen in shuffled_batches(np.arange(len(rows)), 16, seed=1, epoch=number):
-            batch = training_batch(cycle_dataset, rows[chosen], ends[chosen], config)
-            for index, row in enumerate(rows[chosen]):
+        for read in reader.read(number):
+            batch = training_batch(read)
+            for index, row in enumerate(read.rows):
                 times = batch.times[batch.offsets[index] : batch.offsets[index + 1]]
                 held_out = cycle_dataset.history(row, cycle_dataset.lengths[row])[2][-2]
                 assert times.max() < held_out
-            seen += rows[chosen].tolist()
+            seen += read.rows.tolist()
         assert sorted(seen) == rows.tolist()
 
 
@@ -177,7 +185,7 @@ def test_the_position_that_answers_a_full_window_is_trained(make_dataset, kind):
     config = tiny(kind).model
     users = [[(step % 20, 1 + step % 2, 1000 * step) for step in range(config.max_events + 1)]]
     dataset = make_dataset(users, 20)
-    batch = training_batch(dataset, np.array([0]), np.array([config.max_events + 1]), config)
+    batch = whole_batch(dataset, np.array([0]), np.array([config.max_events + 1]), config)
     model = build_model(config, num_rows=dataset.vocabulary.num_rows, num_actions=2, tasks=["like"])
     if kind == "retrieval":
         loss, _ = model.loss(batch, negatives=torch.arange(5, 15), positive_mask=0b11)
@@ -187,14 +195,6 @@ def test_the_position_that_answers_a_full_window_is_trained(make_dataset, kind):
     answering = config.max_events if kind == "retrieval" else 2 * config.max_events + 1
     assert model.embedding.positions.grad[answering].abs().sum() > 0
     assert model.encoder.layers[0].pos_weight.grad[answering] != 0
-
-
-def test_order_is_a_function_of_seed_and_epoch():
-    def order(seed, epoch):
-        return np.concatenate(list(shuffled_batches(np.arange(50), 8, seed=seed, epoch=epoch))).tolist()
-
-    assert order(1, 0) == order(1, 0)
-    assert len({tuple(order(seed, epoch)) for seed in (1, 2) for epoch in (0, 1)}) == 4
 
 
 def test_negatives_are_item_rows_drawn_by_seed_and_step():
@@ -221,7 +221,7 @@ def test_the_retrieval_loss_is_cross_entropy_over_the_target_and_its_negatives(m
     config = tiny("retrieval").model
     users = [[((7 * step + user) % 15, 1 + step % 2, 1000 * step) for step in range(9)] for user in range(4)]
     dataset = make_dataset(users, 15)
-    batch = training_batch(dataset, np.arange(4), np.full(4, 9), config)
+    batch = whole_batch(dataset, np.arange(4), np.full(4, 9), config)
     torch.manual_seed(1)
     model = build_model(config, num_rows=num_rows, num_actions=2, tasks=[]).eval()
     is_target = (batch.actions & 0b10) != 0
@@ -249,7 +249,7 @@ def test_the_retrieval_loss_is_cross_entropy_over_the_target_and_its_negatives(m
 def test_a_batch_without_targets_has_no_loss(make_dataset):
     config = tiny("retrieval").model
     dataset = make_dataset([[(step, 1, step) for step in range(6)]], 10)
-    batch = training_batch(dataset, np.array([0]), np.array([6]), config)
+    batch = whole_batch(dataset, np.array([0]), np.array([6]), config)
     model = build_model(config, num_rows=dataset.vocabulary.num_rows, num_actions=2, tasks=[])
     loss, count = model.loss(batch, negatives=torch.arange(5, 9), positive_mask=0b10)
     loss.backward()
@@ -289,10 +289,12 @@ def test_a_checkpoint_gives_back_weights_optimiser_and_progress_exactly(tmp_path
     model(torch.ones(1, 3)).sum().backward()
     optimizer.step()
     done = Progress(curves=[{"epoch": 0, "loss": 0.1 + 0.2}], goals=[0.3], seconds=[1.5], best={"x": torch.ones(2)})
+    done.cursor = {"epoch": 1, "batch": 0, "plan": "abc"}
     save_checkpoint(tmp_path, model, optimizer, done)
     other, other_optimizer = fresh()
     restored = load_checkpoint(tmp_path, other, other_optimizer)
     assert (restored.curves, restored.goals, restored.seconds) == (done.curves, done.goals, done.seconds)
+    assert restored.cursor == done.cursor
     assert torch.equal(restored.best["x"], done.best["x"])
     for a, b in ((model, optimizer), (other, other_optimizer)):
         b.zero_grad()
