@@ -249,8 +249,13 @@ def stage(name: str, folder: str, events: int) -> None:
     """Run one stage in this process and print its seconds (after imports) and peak RSS as JSON."""
     import resource
 
+    from gr_platform.events.database import connect
+
     for heavy in ("events.landing", "events.ingest", "events.simulator", "sequences.sequentialize"):
         import_module(f"gr_platform.{heavy}")
+    with connect(Path(folder)) as connection:  # DuckDB and pyarrow load parts of themselves (pandas) at first use
+        connection.sql("SELECT 1 AS one").to_arrow_reader(1).read_all()["one"].to_numpy()
+        connection.sql("SELECT 1 AS one").fetchall()
     started = time.monotonic()
     STAGES[name](Path(folder), events)
     seconds = time.monotonic() - started
