@@ -161,7 +161,7 @@ def plot(rows: list[Row]) -> bytes:
 
 
 def sizes_plot(rows: list[Row]) -> bytes:
-    """Return time and peak RSS of every stage against the size of the log, both axes logarithmic, as PNG."""
+    """Return time and peak RSS of every stage against the size of the log, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -173,11 +173,14 @@ def sizes_plot(rows: list[Row]) -> bytes:
             ("bare_sort", "import_log", "ingest", "vocabulary", "sequences"), "xosD^", strict=True
         ):
             points = [(row["num_events"], row["value"]) for row in rows if row["name"] == f"{stage}, {what}"]
-            axis.loglog(*zip(*points, strict=True), marker=marker, label=stage.replace("_", " "))
+            draw = axis.loglog if what == "time" else axis.semilogx
+            draw(*zip(*points, strict=True), marker=marker, label=stage.replace("_", " "))
         sizes = sorted({row["num_events"] for row in rows})
         axis.set_xticks(sizes, [f"{size / 1e6:g} M" for size in sizes])
         axis.set_xticks([], minor=True)
         axis.set(title=what, xlabel="events", ylabel=unit)
+        if what != "time":
+            axis.set_ylim(bottom=0)
         axis.yaxis.set_major_formatter("{x:g}")
         axis.grid(visible=True, alpha=0.3)
     figure.axes[0].legend()
