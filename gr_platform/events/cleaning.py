@@ -44,7 +44,9 @@ class Judged:
 
     @property
     def span(self) -> tuple[int, int]:
-        """First and last time of the valid rows, ms."""
+        """First and last time of the valid rows, ms; the last before the first where there is none."""
+        if not self.spans:
+            return 0, -1
         return min(first for first, _, _ in self.spans.values()), max(last for _, last, _ in self.spans.values())
 
 

@@ -96,10 +96,16 @@ def write_files(folder: Path, tables: Iterable[pa.Table], declaration: Declarati
                 write(whole.slice(0, FILE_ROWS))
                 pending, num_rows = [whole.slice(FILE_ROWS)], num_rows - FILE_ROWS
         if num_rows or not files:
-            write(pa.concat_tables(pending))
+            write(pa.concat_tables(pending) if pending else _no_rows(schema))
         for each in running:
             each.result()
     return files
+
+
+def _no_rows(schema: pa.Schema) -> pa.Table:
+    """Return no events, as the stream would have them: all of a date may repeat what came before."""
+    place = schema.get_field_index("action")
+    return schema.set(place, pa.field("action", pa.uint8())).empty_table()
 
 
 def _write_file(path: Path, table: pa.Table, schema: pa.Schema, actions: pa.Array, has_ids: bool) -> None:

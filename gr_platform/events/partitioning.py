@@ -108,7 +108,8 @@ class PartitionMaker:
             files = self.by_date[date]
             _require_intact(files)
             self._judged[date] = judged = judge(self.connection, _judged_rows(files))
-            if not judged.num_valid:
+            # Nothing is left of a date whose people were all forgotten: that is no fault of its files.
+            if not judged.num_valid and not any(file.entry.num_forgotten for file in files):
                 raise UserError(
                     f"no usable event in {', '.join(sorted({file.entry.source_name for file in files}))}: "
                     f"{describe(judged.quarantined)}; import it again with the right columns and time unit"

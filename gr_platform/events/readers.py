@@ -99,7 +99,7 @@ def unreadable(path: Path, error: Exception, *, copy: Path | None = None) -> Use
             text = text.replace(shown, path.name)
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     # What DuckDB advises are options of its reader, which nobody here can set.
-    lines = [line for line in lines if not line.startswith(("Original Line", "Possible", "Try ", "LINE ", "^"))]
+    lines = [line for line in lines if not line.startswith(("Original Line", "Possible", "Try ", "LINE ", "^", "*"))]
     detail = "; ".join(lines[:3])
     return UserError(f"{path.name} cannot be read: {detail[:300].rstrip('.')}; mend or fetch the file again")
 

@@ -240,7 +240,7 @@ def _named_codes(name: str, codes: Codes, num_values: dict[str, int]) -> list[An
 
 
 def _facts(dataset: SequenceDataset) -> dict[str, Any]:
-    lengths = dataset.lengths
+    lengths = dataset.lengths if dataset.num_users else np.zeros(1, np.int64)
     return {
         "num_users": dataset.num_users,
         "num_exposures": dataset.num_exposures,

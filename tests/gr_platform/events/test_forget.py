@@ -103,3 +103,20 @@ def test_integer_users_are_found_by_their_number(home, rows, write_csv):
         forget(home, "log", "3 OR true")
     assert forget(home, "log", "3").num_rows == sum(row["user_id"] == 3 for row in rows)
     assert clean_events(home, "log").query("SELECT count(*) AS n FROM events WHERE user_id = 3")["n"][0].as_py() == 0
+
+
+@pytest.mark.parametrize("dates", [("2026-01-01", "2026-01-02"), ("2026-01-02", "2026-01-01")])
+def test_a_date_of_nobody_but_the_person_becomes_an_empty_partition(home, made, write_csv, dates):
+    """Whether it comes after the dates of others or before them all."""
+    import_file(home.parent / "log.csv", home=home, ingest_date=dates[0])
+    theirs = [{"user_id": "zoe", "item_id": at, "action": "view", "timestamp": 1_600_000_000 + at} for at in range(30)]
+    import_file(write_csv(theirs, "late.csv"), home=home, dataset="log", ingest_date=dates[1])
+    ingest(home, "log")
+    build_vocabulary(home, "log")
+    sequentialize(home, "log")
+    assert everywhere(home, "zoe")
+    assert forget(home, "log", "zoe").num_rows == 30
+    assert everywhere(home, "zoe") == []
+    facts = {p.ingest_date: p.manifest.facts for p in ingest(home, "log").partitions}
+    assert (facts[dates[1]]["rows_kept"], facts[dates[1]]["quarantined"]) == (0, {"null_user": 30})
+    assert SequenceDataset.current(home, "log").num_users == 12

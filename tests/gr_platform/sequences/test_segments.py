@@ -134,10 +134,11 @@ def test_incremental_equals_replay(tmp_path_factory, all_days, dates, compact):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "COMPACT_SHARE", compact)
         for incremental in (True, False):
-            home = folder / f"incremental-{incremental}"
+            home, different = folder / f"incremental-{incremental}", set()
             for number, day in enumerate(all_days):
                 fixed = [*crowd(3 * number), (1, 1, "view", 0), (1, 1, "buy", 0)]
                 rows = [*((*row, f"day {number}") for row in fixed), *day]
+                different |= {row[:4] for row in rows}
                 users, items, actions, times, devices = (list(column) for column in zip(*rows, strict=True))
                 table = {"user_id": users, "item_id": items, "action": actions, "device": devices}
                 pq.write_table(pa.table(table | {"event_ts": [START_MS + at for at in times]}), folder / "day.parquet")
@@ -153,8 +154,53 @@ def test_incremental_equals_replay(tmp_path_factory, all_days, dates, compact):
                     sequences(home)
             result = ingest(home, "log")
             conserved(home)
-            made.append((content(sequences(home)), result.digest, result.rows_kept, result.duplicates))
+            dataset = sequences(home)
+            # Said again without our code: what counts is what differs.
+            assert result.rows_kept == len(different)
+            assert dataset.num_exposures == len({(user, item, at) for user, item, _, at in different})
+            made.append((content(dataset), result.digest, result.rows_kept, result.duplicates))
     assert made[0] == made[1]
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_repeat_at_the_edge_of_two_dates_counts_once(home, make, backwards):
+    """The one time that two dates share is the last of one and the first of the other."""
+    parts = [[*crowd(-1000), (1, 500, "view", 0), (1, 501, "view", 10)], [(1, 501, "view", 10), (2, 502, "view", 20)]]
+    for number, rows in enumerate(reversed(parts) if backwards else parts):
+        rows = [*rows, *((user, 9, "view", 15 + user) for user in range(20, 31))] if len(rows) < 10 else rows
+        dataset = make(rows, f"part{number}", ingest_date=f"2026-01-0{number + 1}")
+    assert history(dataset, 1) == [(500, 1, 0), (501, 1, 10)]
+    result = ingest(home, "log")
+    assert (result.rows_kept, result.duplicates) == (40 + 3 + 11, 1)
+
+
+def test_a_repeat_between_two_files_of_one_date_and_another_date_is_kept_once(home, make):
+    """The file in between was landed second: its row counts, and the one of the third file does not."""
+    make([*crowd(), (1, 500, "view", 5)], "first", ingest_date="2026-01-05")
+    make([*crowd(1000), (2, 501, "view", 1005)], "second", ingest_date="2026-01-01")
+    dataset = make([*crowd(2000), (2, 501, "view", 1005)], "third", ingest_date="2026-01-05")
+    assert history(dataset, 2) == [(501, 1, 1005)]
+    result = ingest(home, "log")
+    assert (result.rows_kept, result.duplicates) == (3 * 40 + 2, 1)
+    assert [p.manifest.facts["duplicates"] for p in result.partitions] == [0, 1]
+
+
+def test_a_day_that_begins_at_the_last_time_of_the_day_before_joins_its_exposures(home, days):
+    days([*crowd(), *((user, 500, "view", at) for user in range(200, 300) for at in range(4))], 0)
+    dataset = days([(200, 500, "buy", 3), (200, 501, "view", 3), (201, 500, "view", 4)], 1)
+    assert len(names(home)) == 2
+    assert history(dataset, 200)[-2:] == [(500, 3, 3), (501, 1, 3)]
+    assert history(dataset, 201)[-2:] == [(500, 1, 3), (500, 1, 4)]
+
+
+def test_a_date_that_only_repeats_is_an_empty_partition(home, days):
+    first = days(crowd(), 0)
+    again = days(list(reversed(crowd())), 1)
+    partitions = ingest(home, "log").partitions
+    assert [(p.manifest.facts["rows_kept"], p.manifest.facts["duplicates"]) for p in partitions] == [(40, 0), (0, 40)]
+    assert content(again) == content(first)
+    conserved(home)
+    assert history(days([(90, 600, "view", 900)], 2), 90)[-1] == (600, 1, 900)
 
 
 def test_the_same_file_twice_or_renamed_counts_once(home, days, tmp_path):

@@ -30,6 +30,7 @@ ids_int = st.lists(st.integers(-(2**63), 2**63 - 1), unique=True, max_size=30)
 ids_text = st.lists(st.text(st.characters(codec="utf-8"), max_size=6), unique=True, min_size=1, max_size=30)
 
 
+@settings(deadline=None)
 @given(st.one_of(ids_int, ids_text))
 def test_lookup_and_ids_are_inverse(ids):
     vocabulary = made(ids)
@@ -38,6 +39,7 @@ def test_lookup_and_ids_are_inverse(ids):
     assert vocabulary.ids(indices).tolist() == ids
 
 
+@settings(deadline=None)
 @given(ids_int, st.integers(-(2**63), 2**63 - 1))
 def test_an_unknown_id_gets_a_stable_bucket(ids, unknown):
     vocabulary = made([i for i in ids if i != unknown])
