@@ -30,8 +30,6 @@ def events(platform: Platform) -> dg.MaterializeResult:
             "rows_kept": result.rows_kept,
             "duplicates": result.duplicates,
             "quarantined": sum(result.quarantined.values()),
-            # Without what was landed on several days: the rows that later stages read.
-            "num_events": clean.query("SELECT count(*) AS n FROM events")["n"][0].as_py(),
             **{f"quarantined_{rule}": count for rule, count in result.quarantined.items()},
         },
         preview=f"{preview_of(head)}\n\n{table(['ingest date', 'rows in', 'kept', 'duplicates'], partitions)}",

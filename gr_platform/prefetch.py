@@ -6,47 +6,42 @@ the reader, also when the reader stops early.
 
 import threading
 from collections.abc import Iterable, Iterator
-from queue import Full, Queue
+from queue import SimpleQueue
 from typing import TypeVar
 
 T = TypeVar("T")
-_LOOK_S = 0.1
 
 
 def prefetched(source: Iterable[T], depth: int = 2) -> Iterator[T]:
     """Yield the values of `source`, which is run in a thread at most `depth` values ahead."""
-    queue: Queue[tuple[bool, T | BaseException | None]] = Queue(depth)
-    ended = threading.Event()
-
-    def put(more: bool, value: "T | BaseException | None") -> bool:
-        while not ended.is_set():
-            try:
-                queue.put((more, value), timeout=_LOOK_S)
-            except Full:
-                continue
-            return True
-        return False
+    made: SimpleQueue[tuple[bool, T | BaseException | None]] = SimpleQueue()
+    room, ended = threading.Semaphore(depth), threading.Event()
 
     def work() -> None:
+        values = iter(source)
         try:
-            for value in source:
-                if not put(True, value):
+            while True:
+                room.acquire()
+                if ended.is_set():
                     return
+                made.put((True, next(values)))
+        except StopIteration:
+            made.put((False, None))
         except BaseException as error:  # raised again where the values are read
-            put(False, error)
-        else:
-            put(False, None)
+            made.put((False, error))
 
     thread = threading.Thread(target=work, name="prefetch", daemon=True)
     thread.start()
     try:
         while True:
-            more, value = queue.get()
+            more, value = made.get()
             if not more:
                 if isinstance(value, BaseException):
                     raise value
                 return
+            room.release()
             yield value  # type: ignore[misc]
     finally:
         ended.set()
+        room.release()
         thread.join()

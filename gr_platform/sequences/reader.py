@@ -8,9 +8,7 @@ Legend: U users, B users of a batch, L exposures of a batch.
 
 import hashlib
 import heapq
-from collections import deque
 from collections.abc import Generator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from typing import Any
@@ -20,6 +18,7 @@ import numpy as np
 from gr_platform import storage
 from gr_platform.errors import UserError
 from gr_platform.models.config import StochasticLength
+from gr_platform.prefetch import prefetched
 from gr_platform.sequences.dataset import Jagged, SequenceDataset
 from gr_platform.sequences.subsequence import kept_exposures, kept_lengths
 from gr_platform.training.seeds import generator
@@ -159,20 +158,8 @@ class Reader:
         plan = self.plan(epoch)
         mine = range(batch * self.config.num_ranks + self.rank, len(plan.begins), self.config.num_ranks)
         chosen = (plan.order[plan.begins[index] : plan.ends[index]] for index in mine)
-        if not read_ahead:
-            yield from (self.form(users, epoch) for users in chosen)
-            return
-        pool = ThreadPoolExecutor(1, thread_name_prefix="gr-reader")
-        waiting: deque[Future[Batch]] = deque()
-        try:
-            for users in chosen:
-                waiting.append(pool.submit(self.form, users, epoch))
-                if len(waiting) > read_ahead:
-                    yield waiting.popleft().result()
-            while waiting:
-                yield waiting.popleft().result()
-        finally:
-            pool.shutdown(cancel_futures=True)
+        formed = (self.form(users, epoch) for users in chosen)
+        yield from prefetched(formed, read_ahead) if read_ahead else formed
 
     def form(self, users: np.ndarray, epoch: int) -> Batch:
         """Return the batch of users, given as places in this reader's rows, as the epoch sees them."""

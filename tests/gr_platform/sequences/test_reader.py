@@ -231,7 +231,7 @@ def test_arrays_of_a_batch_become_tensors_without_a_copy(dataset):
 
 
 def reader_threads():
-    return [thread for thread in threading.enumerate() if thread.name.startswith("gr-reader")]
+    return [thread for thread in threading.enumerate() if thread.name == "prefetch"]
 
 
 def test_leaving_early_ends_the_thread_and_reading_ahead_is_bounded(dataset, monkeypatch):
