@@ -10,7 +10,8 @@ from collections.abc import Iterable, Iterator
 import duckdb
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
+
+from gr_platform.events.moments import same_moment, tied, whole_moments
 
 # With the value, which may be missing, what makes two rows without an event id one event.
 _SAME = ("user_id", "item_id", "action", "event_ts")
@@ -49,30 +50,9 @@ def mark_repeats(connection: duckdb.DuckDBPyConnection, earlier: str, span: tupl
 
 def once(stream: Iterable[pa.RecordBatch]) -> Iterator[pa.Table]:
     """Yield rows sorted by (user_id, event_ts, source order) without repeats, those of one user and time together."""
-    pending: list[pa.RecordBatch] = []
-    for batch in stream:
-        rows = pa.Table.from_batches([*pending, batch]).combine_chunks()
-        moments = np.flatnonzero(~same_moment(rows))
-        last = int(moments[-1]) + 1 if len(moments) else 0
-        if last:
-            yield _without_repeats(rows.slice(0, last))
-        pending = rows.slice(last).to_batches()
-    if pending:
-        yield _without_repeats(pa.Table.from_batches(pending))
-
-
-def same_moment(rows: pa.Table) -> np.ndarray:
-    """Return for each row but the first whether it has the user and time of the row before, bool [len - 1]."""
-    users, times = rows["user_id"].combine_chunks(), rows["event_ts"].to_numpy()
-    same = times[1:] == times[:-1]
-    if same.any():
-        same &= pc.equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)
-    return same
-
-
-def _without_repeats(rows: pa.Table) -> pa.Table:
-    repeated = repeats_of(rows)
-    return rows.filter(pa.array(~repeated)) if repeated.any() else rows
+    for rows in whole_moments(pa.Table.from_batches([batch]) for batch in stream):
+        repeated = repeats_of(rows)
+        yield rows.filter(pa.array(~repeated)) if repeated.any() else rows
 
 
 def repeats_of(rows: pa.Table) -> np.ndarray:
@@ -80,12 +60,10 @@ def repeats_of(rows: pa.Table) -> np.ndarray:
     bool [len]."""
     repeated = np.zeros(len(rows), bool)
     same = same_moment(rows)
-    tied = np.zeros(len(rows), bool)
-    tied[1:] |= same
-    tied[:-1] |= same
+    candidates = tied(same)
     if "event_id" in rows.column_names:
-        tied &= rows["event_id"].is_null().to_numpy()
-    at = np.flatnonzero(tied)
+        candidates &= rows["event_id"].is_null().to_numpy()
+    at = np.flatnonzero(candidates)
     if not len(at):
         return repeated
     moment = np.cumsum(np.concatenate([[True], ~same]))[at]

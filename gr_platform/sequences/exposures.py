@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from gr_platform.events.moments import same_moment, tied, whole_moments
 from gr_platform.prefetch import prefetched
 from gr_platform.sequences.codes import Codes
 from gr_platform.sequences.dataset import FILE, Jagged, list_names
@@ -62,19 +63,12 @@ def events_of(files: Iterable[Path], context: Sequence[str] = ()) -> Iterator[pa
 def exposures(
     events: Iterable[pa.Table], vocabulary: Vocabulary, actions: tuple[str, ...], codes: Mapping[str, Codes]
 ) -> Iterator[pa.Table]:
-    """Yield exposures (user_id, items, actions, times, context_...) of events in the total order (user_id, item_id,
+    """Return exposures (user_id, items, actions, times, context_...) of events in the total order (user_id, item_id,
     action, event_ts and the context columns that `codes` names), at least one moment of a user at a time."""
     index = ItemIndex(vocabulary)
     masks = pa.array(actions)
-    pending: list[pa.Table] = []
-    for rows in prefetched(events, depth=8):
-        rows = pa.concat_tables([*pending, _prepared(rows, index, masks, codes)]).combine_chunks()
-        last = _last_moment(rows)
-        if last:
-            yield _merged(rows.slice(0, last))
-        pending = [rows.slice(last)]
-    if pending and len(pending[0]):
-        yield _merged(pending[0])
+    prepared = (_prepared(rows, index, masks, codes) for rows in prefetched(events, depth=8))
+    return map(_merged, whole_moments(prepared, "times"))
 
 
 def _prepared(rows: pa.Table, index: ItemIndex, actions: pa.Array, codes: Mapping[str, Codes]) -> pa.Table:
@@ -88,25 +82,10 @@ def _prepared(rows: pa.Table, index: ItemIndex, actions: pa.Array, codes: Mappin
     return pa.table(columns, names=["user_id", *list_names(codes)])
 
 
-def _last_moment(rows: pa.Table) -> int:
-    """Return the first row of the last (user, time), len if there is no row."""
-    users, times = rows["user_id"], rows["times"].to_numpy()
-    at = len(rows) - 1
-    while at > 0 and times[at - 1] == times[at] and users[at - 1] == users[at]:
-        at -= 1
-    return max(at, 0)
-
-
 def _merged(rows: pa.Table) -> pa.Table:
     """Return sorted rows with those of one (user, item, time) as one."""
-    times = rows["times"].to_numpy()
-    same = times[1:] == times[:-1]
-    if not same.any():
-        return rows
-    users = rows["user_id"].combine_chunks()
-    same &= pc.equal(users[1:], users[:-1]).to_numpy(zero_copy_only=False)
-    tied = np.concatenate([[False], same]) | np.concatenate([same, [False]])
-    at = np.flatnonzero(tied)
+    same = same_moment(rows, "times")
+    at = np.flatnonzero(tied(same))
     if not len(at):
         return rows
     moment = np.cumsum(np.concatenate([[True], ~same]))[at]

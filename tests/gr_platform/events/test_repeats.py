@@ -6,7 +6,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr_platform.events.repeats import once, repeats_of, same_moment
+from gr_platform.events.moments import same_moment
+from gr_platform.events.repeats import once, repeats_of
 
 rows = st.tuples(
     st.sampled_from(["a", "b"]),
