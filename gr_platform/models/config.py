@@ -8,7 +8,8 @@ from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal, get_args
 
 Kind = Literal["retrieval", "ranking"]
-Negatives = Literal["shared", "per_token"]
+Encoder = Literal["hstu", "hstu_softmax", "transformer", "sasrec", "gru4rec", "bert4rec", "dlrm"]
+Negatives = Literal["shared", "per_token", "all"]
 Choice = Literal["recent", "recency", "uniform"]
 
 
@@ -21,9 +22,15 @@ def _positive(owner: object, *names: str) -> None:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ModelConfig:
-    """One HSTU model. Tokens: a start token, then one per event (retrieval) or two (ranking: item, action)."""
+    """One model. Tokens: a start token, then one per event (retrieval) or two (ranking: item, action).
+
+    encoder: what turns token vectors into rows (encoder.py). use_actions: whether a retrieval token says what was done
+    with its item. position_bias, time_bias: the two terms of HSTU's rab. ffn_dim: width of a Transformer's
+    feed-forward, 0 for its own default.
+    """
 
     kind: Kind
+    encoder: Encoder = "hstu"
     embedding_dim: int
     num_layers: int
     num_heads: int
@@ -33,6 +40,10 @@ class ModelConfig:
     chunk: int = 16
     dropout: float = 0.2
     absolute_position: bool = True
+    use_actions: bool = True
+    position_bias: bool = True
+    time_bias: bool = True
+    ffn_dim: int = 0
     temperature: float = 0.05
 
     def __post_init__(self) -> None:
@@ -41,6 +52,14 @@ class ModelConfig:
         )
         if self.kind not in ("retrieval", "ranking"):
             raise ValueError(f"ModelConfig.kind is {self.kind!r}, must be 'retrieval' or 'ranking'")
+        if self.encoder not in get_args(Encoder):
+            raise ValueError(f"ModelConfig.encoder is {self.encoder!r}, must be one of {', '.join(get_args(Encoder))}")
+        if self.ffn_dim < 0:
+            raise ValueError(f"ModelConfig.ffn_dim is {self.ffn_dim}, must be 0 or more")
+        if self.kind == "ranking" and not self.use_actions:
+            raise ValueError(
+                "ModelConfig.use_actions is False, must be True for ranking: its action tokens are the actions"
+            )
         if not 0 <= self.dropout < 1:
             raise ValueError(f"ModelConfig.dropout is {self.dropout}, must be in [0, 1)")
         if self.chunk > self.max_events:
@@ -79,7 +98,7 @@ class StochasticLength:
 class TrainingConfig:
     """How weights are found. `patience` counts epochs without a better validation metric before stopping.
 
-    negatives: one draw a step that all its targets share, or one for each target (the paper's).
+    negatives: one draw a step that all its targets share, one for each target (the paper's), or all items.
     """
 
     learning_rate: float = 1e-3
@@ -94,7 +113,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         _positive(self, "learning_rate", "batch_size", "max_epochs", "patience", "num_negatives")
         if self.negatives not in get_args(Negatives):
-            raise ValueError(f"TrainingConfig.negatives is {self.negatives!r}, must be 'shared' or 'per_token'")
+            raise ValueError(f"TrainingConfig.negatives is {self.negatives!r}, must be 'shared', 'per_token' or 'all'")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

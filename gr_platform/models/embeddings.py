@@ -40,8 +40,10 @@ class TokenEmbedding(nn.Module):
         super().__init__()
         embedding_dim = config.embedding_dim
         self.items = EmbeddingTable(num_rows, embedding_dim, first_item)
+        self.use_actions = config.use_actions
         self.actions = nn.Parameter(
-            torch.empty(num_actions, embedding_dim).normal_(std=0.02 * math.sqrt(embedding_dim))
+            torch.empty(num_actions, embedding_dim).normal_(std=0.02 * math.sqrt(embedding_dim)),
+            requires_grad=config.use_actions,
         )
         self.kinds = nn.Parameter(torch.empty(NUM_KINDS, embedding_dim).normal_(std=0.02))
         self.positions = (
@@ -56,8 +58,8 @@ class TokenEmbedding(nn.Module):
     def forward(self, kinds: Tensor, items: Tensor, actions: Tensor, positions: Tensor) -> Tensor:
         """Return token vectors [L, d]; all arguments int64 [L], positions counted from the start of the sequence."""
         # Division, not a shift: ONNX shifts unsigned integers only.
-        has_action = (actions[:, None] // self.action_bits) % 2
-        vectors = (
-            self.items.lookup(items) * self.scale + has_action.to(self.kinds.dtype) @ self.actions + self.kinds[kinds]
-        )
+        vectors = self.items.lookup(items) * self.scale + self.kinds[kinds]
+        if self.use_actions:
+            has_action = (actions[:, None] // self.action_bits) % 2
+            vectors = vectors + has_action.to(self.kinds.dtype) @ self.actions
         return vectors if self.positions is None else vectors + self.positions[positions]

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from gr_platform.models.config import ModelConfig
+from gr_platform.models.encoder import Encoder
 from kernels import (
     NUM_TIME_BUCKETS,
     Backend,
@@ -46,8 +47,14 @@ class HSTULayer(nn.Module):
         self.uvqk = nn.Parameter(torch.empty(config.embedding_dim, width).normal_(std=0.02))
         self.output = nn.Linear(config.num_heads * config.v_dim, config.embedding_dim)
         nn.init.xavier_uniform_(self.output.weight)
-        self.pos_weight = nn.Parameter(torch.empty(config.max_seq_len).normal_(std=0.02))
-        self.time_weight = nn.Parameter(torch.empty(NUM_TIME_BUCKETS).normal_(std=0.02))
+        self.pos_weight = self._bias(config.max_seq_len, learned=config.position_bias)
+        self.time_weight = self._bias(NUM_TIME_BUCKETS, learned=config.time_bias)
+
+    @staticmethod
+    def _bias(size: int, *, learned: bool) -> nn.Parameter:
+        """Return a table of rab; one that is not learned stays zero, which is no bias at all."""
+        drawn = torch.empty(size).normal_(std=0.02)
+        return nn.Parameter(drawn) if learned else nn.Parameter(torch.zeros(size), requires_grad=False)
 
     def _project(self, x: Tensor, backend: Backend | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return u [L, H * v_dim], v [L, H, v_dim], q and k [L, H, qk_dim] of x [L, d], views of one tensor."""
@@ -63,12 +70,14 @@ class HSTULayer(nn.Module):
         weight, bias = self.output.weight, self.output.bias
         return norm_gate_linear(attention.flatten(1), u, weight, bias, x, dropout=dropout, seed=seed, backend=backend)
 
-    def forward(self, x: Tensor, jagged: JaggedTimes) -> Tensor:
-        """Return [L, d] for whole jagged sequences."""
+    def forward(self, x: Tensor, jagged: JaggedTimes, rows: Tensor | None = None) -> Tensor:
+        """Return [L, d] for whole jagged sequences, or [R, d] of the tokens `rows` alone."""
         u, v, q, k = self._project(x, self.backend)
         attention = hstu_attention(
             q, k, v, jagged, self.pos_weight, self.time_weight, self.max_seq_len, backend=self.backend
         )
+        if rows is not None:
+            x, attention, u = x[rows], attention[rows], u[rows]
         return self._combine(x, attention, u, self.backend)
 
     def encode(
@@ -100,7 +109,7 @@ class HSTULayer(nn.Module):
         return self._combine(x, attention, u, "reference")
 
 
-class HSTU(nn.Module):
+class HSTU(Encoder):
     """A stack of layers with dropout on its input."""
 
     def __init__(self, config: ModelConfig) -> None:
@@ -121,21 +130,22 @@ class HSTU(nn.Module):
         for layer in self._stack():
             layer.backend = backend
 
-    def forward(self, x: Tensor, jagged: JaggedTimes) -> Tensor:
-        """Return rows [L, d] of jagged sequences of token vectors x [L, d]."""
+    def forward(self, x: Tensor, jagged: JaggedTimes, rows: Tensor | None = None) -> Tensor:
+        """Return rows [L, d] of jagged sequences of token vectors x [L, d], or [R, d] of the tokens `rows` alone."""
         if self.training and self.dropout:
             x = hash_dropout(x, self.dropout, _new_seed(x), backend=self.backend)
-        for layer in self._stack():
+        # Where most tokens are asked for, picking them from every operand costs more than the last layer saves.
+        few = rows is not None and 2 * len(rows) <= len(x)
+        *below, last = self._stack()
+        for layer in below:
             x = layer(x, jagged)
-        return x
+        x = last(x, jagged, rows if few else None)
+        return x if rows is None or few else x.index_select(0, rows)
 
     def encode(
         self, x: Tensor, times: Tensor, query_times: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rows [L, d], k [layers, L, H, qk_dim], v [layers, L, H, v_dim] of one user's L new tokens.
-
-        x [L, d]; times, query_times int64 [L]; past_times int64 [P]; past_k, past_v [layers, P, H, dim].
-        """
+        """Return rows, k, v of one user's new tokens, as `Encoder.encode` says."""
         key_times = torch.cat([past_times, times])
         new_k, new_v = [], []
         for index, layer in enumerate(self._stack()):
@@ -145,7 +155,7 @@ class HSTU(nn.Module):
         return x, torch.stack(new_k), torch.stack(new_v)
 
     def score(self, x: Tensor, request_time: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
-        """Return rows [C, d] of candidate token vectors x [C, d] against one user's cached history."""
+        """Return rows of candidates, as `Encoder.score` says."""
         for index, layer in enumerate(self._stack()):
             x = layer.score(x, request_time, past_times, past_k[index], past_v[index])
         return x

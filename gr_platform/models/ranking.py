@@ -10,20 +10,27 @@ from torch.nn import functional as F
 from gr_platform.models.batch import EventBatch, History
 from gr_platform.models.config import ModelConfig
 from gr_platform.models.embeddings import TokenEmbedding
-from gr_platform.models.hstu import HSTU
+from gr_platform.models.encoder import Encoder
 from gr_platform.models.tokens import ITEM
 
 
 class RankingModel(nn.Module):
-    """HSTU over start, item_0, action_0, item_1, action_1, ... with one head per task."""
+    """An encoder over start, item_0, action_0, item_1, action_1, ... with one head per task."""
 
     def __init__(
-        self, config: ModelConfig, *, num_rows: int, first_item: int, num_actions: int, tasks: list[str]
+        self,
+        config: ModelConfig,
+        encoder: Encoder,
+        *,
+        num_rows: int,
+        first_item: int,
+        num_actions: int,
+        tasks: list[str],
     ) -> None:
         super().__init__()
         self.config, self.tasks = config, list(tasks)
         self.embedding = TokenEmbedding(config, num_rows=num_rows, first_item=first_item, num_actions=num_actions)
-        self.encoder = HSTU(config)
+        self.encoder = encoder
         d = config.embedding_dim
         self.heads = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, len(tasks)))
 
@@ -31,20 +38,18 @@ class RankingModel(nn.Module):
         """Return logits [L, tasks] of every event, in order; row i knows the events before i and item i."""
         tokens = batch.tokens("ranking")
         x = self.embedding(tokens.kinds, tokens.items, tokens.actions, tokens.positions)
-        rows = self.encoder(x, tokens.jagged)
-        return self.heads(rows[tokens.kinds == ITEM])
+        return self.heads(self.encoder(x, tokens.jagged, (tokens.kinds == ITEM).nonzero()[:, 0]))
 
     def loss(self, batch: EventBatch, *, task_masks: list[int]) -> tuple[Tensor, int]:
-        """Return the mean binary cross entropy over events and tasks, and the number of events.
+        """Return the sum over events of the mean binary cross entropy over tasks, and the number of events.
 
         task_masks: for each task the bitmask of the actions that count; an event without one of them is a negative.
         """
         masks = torch.tensor(task_masks, dtype=torch.int64)
         labels = (batch.actions[:, None] & masks[None, :]) != 0
         logits = self.logits(batch)
-        if not len(logits):
-            return logits.sum() * 0.0, 0
-        return F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype)), len(logits)
+        losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+        return losses / len(self.tasks), len(logits)
 
     @torch.no_grad()
     def score(self, batch: EventBatch, candidates: Tensor) -> Tensor:

@@ -4,14 +4,16 @@ Invariant: a score is the dot product of a normalised user vector and a normalis
 serving needs the item vectors and the last token's row alone.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 
 from gr_platform.models.batch import EventBatch
 from gr_platform.models.config import ModelConfig
 from gr_platform.models.embeddings import TokenEmbedding
-from gr_platform.models.hstu import HSTU
-from kernels import sampled_softmax
+from gr_platform.models.encoder import Encoder
+from kernels import full_softmax, sampled_softmax
 
 UNIT_EPS = 1e-6
 
@@ -27,36 +29,47 @@ def target_events(batch: EventBatch, positive_mask: int) -> Tensor:
 
 
 class RetrievalModel(nn.Module):
-    """HSTU over start, event_0, event_1, ...; token i predicts event i, the start token the first."""
+    """An encoder over start, event_0, event_1, ...; token i predicts event i, the start token the first."""
 
-    def __init__(self, config: ModelConfig, *, num_rows: int, first_item: int, num_actions: int) -> None:
+    def __init__(
+        self, config: ModelConfig, encoder: Encoder, *, num_rows: int, first_item: int, num_actions: int
+    ) -> None:
         super().__init__()
-        self.config, self.num_rows = config, num_rows
+        self.config, self.num_rows, self.first_item = config, num_rows, first_item
         self.embedding = TokenEmbedding(config, num_rows=num_rows, first_item=first_item, num_actions=num_actions)
-        self.encoder = HSTU(config)
+        self.encoder = encoder
 
-    def _rows(self, batch: EventBatch) -> tuple[Tensor, Tensor]:
+    def _rows(self, batch: EventBatch, choose: Callable[[Tensor], Tensor]) -> Tensor:
+        """Return the rows of the tokens that `choose` names, given the offsets of the users' tokens."""
         tokens = batch.tokens("retrieval")
         x = self.embedding(tokens.kinds, tokens.items, tokens.actions, tokens.positions)
-        return self.encoder(x, tokens.jagged), tokens.jagged.seq_offsets
+        return self.encoder(x, tokens.jagged, choose(tokens.jagged.seq_offsets))
 
-    def loss(self, batch: EventBatch, *, negatives: Tensor, positive_mask: int) -> tuple[Tensor, int]:
-        """Return the mean sampled-softmax loss and the number of targets.
+    def loss(self, batch: EventBatch, *, negatives: Tensor | None, positive_mask: int) -> tuple[Tensor, int]:
+        """Return the sum of the targets' softmax losses and the number of targets.
 
-        negatives int64: item rows, [M] shared by all targets or [targets, M]; where one equals its target it is masked.
-        Events without an action of `positive_mask` are not targets.
+        negatives int64: item rows, [M] shared by all targets or [targets, M], masked where one equals its target; None
+        for every item. Events without an action of `positive_mask` are not targets.
         """
-        rows, seq_offsets = self._rows(batch)
-        # Every token but a user's last one answers an event, and those are the batch's targets in order.
-        predicts = torch.ones(len(rows), dtype=torch.bool)
-        predicts[seq_offsets[1:] - 1] = False
         is_target = target_events(batch, positive_mask)
-        places = predicts.nonzero()[:, 0][is_target]
-        users, targets = unit(rows.index_select(0, places)), batch.target_items[is_target]
+
+        def answering(seq_offsets: Tensor) -> Tensor:
+            # Every token but a user's last one answers an event, and those are the batch's targets in order.
+            predicts = torch.ones(int(seq_offsets[-1]), dtype=torch.bool)
+            predicts[seq_offsets[1:] - 1] = False
+            return predicts.nonzero()[:, 0][is_target]
+
+        users, targets = unit(self._rows(batch, answering)), batch.target_items[is_target]
         if not len(targets):
-            return rows.sum() * 0.0, 0
+            return users.sum() * 0.0, 0
+        if negatives is None:
+            return self._full_losses(users, targets).sum(), len(targets)
         items, targets, negatives = self._drawn(targets, negatives)
-        return self._losses(users, items, targets, negatives).mean(), len(targets)
+        return self._losses(users, items, targets, negatives).sum(), len(targets)
+
+    def _full_losses(self, users: Tensor, targets: Tensor) -> Tensor:
+        items, backend = self.item_vectors(), self.encoder.backend
+        return full_softmax(users, items, targets, self.config.temperature, first_item=self.first_item, backend=backend)
 
     def _losses(self, users: Tensor, items: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
         backend = self.encoder.backend
@@ -75,8 +88,7 @@ class RetrievalModel(nn.Module):
 
     def user_vectors(self, batch: EventBatch) -> Tensor:
         """Return normalised vectors [B, d] of the users, looking from their request times."""
-        rows, seq_offsets = self._rows(batch)
-        return unit(rows[seq_offsets[1:] - 1])
+        return unit(self._rows(batch, lambda seq_offsets: seq_offsets[1:] - 1))
 
     def item_vectors(self) -> Tensor:
         """Return the normalised item vectors [num_rows, d]; padding is zero."""

@@ -26,7 +26,9 @@ from torch.nn import functional as F
 
 from gr_platform import settings
 from gr_platform.models.batch import EventBatch, History
+from gr_platform.models.build import build_encoder
 from gr_platform.models.config import ModelConfig, TrainingConfig
+from gr_platform.models.encoder import Encoder
 from gr_platform.models.recipes import ml_1m
 from gr_platform.models.retrieval import RetrievalModel
 from gr_platform.sequences.vocabulary import NUM_OOV
@@ -70,8 +72,8 @@ SHARES: dict[str, list[tuple[ModuleType, str]]] = {
 class PlainRetrieval(RetrievalModel):
     """The same model as one writes it first: attention user by user, every token's negatives gathered [T, M, d]."""
 
-    def __init__(self, config: ModelConfig, **shape: Any) -> None:
-        super().__init__(config, **shape)
+    def __init__(self, config: ModelConfig, encoder: Encoder, **shape: Any) -> None:
+        super().__init__(config, encoder, **shape)
         self.encoder.backend = "reference"
 
     def _losses(self, users: Tensor, items: Tensor, targets: Tensor, negatives: Tensor) -> Tensor:
@@ -143,7 +145,8 @@ class Step:
             step=index,
             num_targets=self.num_targets,
         )
-        loss, _ = self.model.loss(batch, negatives=negatives, positive_mask=(1 << NUM_ACTIONS) - 1)
+        total, num_targets = self.model.loss(batch, negatives=negatives, positive_mask=(1 << NUM_ACTIONS) - 1)
+        loss = total / num_targets
         value = float(loss.detach())
         self.laps(LOSS)
         self.optimizer.zero_grad(set_to_none=True)
@@ -198,7 +201,8 @@ def new_step(config: ModelConfig, kind: type[RetrievalModel] = RetrievalModel) -
     """Return the step of an untrained model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(TRAINING.seed, "weights"))
-        model = kind(config, num_rows=FIRST_ITEM + NUM_ITEMS, first_item=FIRST_ITEM, num_actions=NUM_ACTIONS)
+        shape = {"num_rows": FIRST_ITEM + NUM_ITEMS, "first_item": FIRST_ITEM, "num_actions": NUM_ACTIONS}
+        model = kind(config, build_encoder(config), **shape)
         return Step(model)
 
 

@@ -91,9 +91,9 @@ class Epoch:
                     raise self._broken(epoch, index, value, read)
                 if targets:
                     optimizer.zero_grad(set_to_none=True)
-                    loss.backward()
+                    (loss / targets).backward()
                     optimizer.step()
-                total, num_targets = total + value * targets, num_targets + targets
+                total, num_targets = total + value, num_targets + targets
                 num_tokens += self._tokens(batch)
                 speed = num_tokens / (time.monotonic() - started)
                 bar.set_postfix_str(f"loss {total / max(1, num_targets):.4f}, {speed:,.0f} tokens/s", refresh=False)

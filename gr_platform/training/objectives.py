@@ -27,7 +27,7 @@ class Objective(Protocol):
     """One kind's loss and validation."""
 
     def loss(self, model: Model, batch: EventBatch, step: int) -> tuple[torch.Tensor, int]:
-        """Return the mean loss of the batch and its number of targets."""
+        """Return the sum of the losses of the batch's targets and the number of targets."""
         ...
 
     def validate(self, model: Model) -> tuple[dict[str, Any], float]:
@@ -43,8 +43,10 @@ class RetrievalObjective:
         self.positive_mask = dataset.declaration.positive_mask()
 
     def loss(self, model: Model, batch: EventBatch, step: int) -> tuple[torch.Tensor, int]:
-        """Return the mean loss against this step's negatives."""
+        """Return the summed loss against this step's negatives."""
         assert isinstance(model, RetrievalModel)
+        if self.training.negatives == "all":
+            return model.loss(batch, negatives=None, positive_mask=self.positive_mask)
         vocabulary = self.dataset.vocabulary
         per_token = self.training.negatives == "per_token"
         negatives = uniform_negatives(
@@ -78,7 +80,7 @@ class RankingObjective:
         require_learnable_task(dataset)
 
     def loss(self, model: Model, batch: EventBatch, step: int) -> tuple[torch.Tensor, int]:
-        """Return the mean loss over events and tasks."""
+        """Return the summed loss of events, a mean over tasks each."""
         assert isinstance(model, RankingModel)
         return model.loss(batch, task_masks=self.task_masks)
 

@@ -29,7 +29,8 @@ def loss_curve(dataset, recipe, backend):
     losses = []
     while len(losses) < NUM_STEPS:
         for batch in reader.read(len(losses)):
-            loss, _ = objective.loss(model, training_batch(batch), len(losses))
+            total, count = objective.loss(model, training_batch(batch), len(losses))
+            loss = total / count
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
             optimizer.step()

@@ -50,8 +50,10 @@ def make_model(dataset, kind):
 
 def loss_of(model, batch):
     if model.config.kind == "retrieval":
-        return model.loss(batch, negatives=NEGATIVES, positive_mask=POSITIVE)
-    return model.loss(batch, task_masks=TASKS)
+        total, count = model.loss(batch, negatives=NEGATIVES, positive_mask=POSITIVE)
+    else:
+        total, count = model.loss(batch, task_masks=TASKS)
+    return total / count, count
 
 
 def gradients(model, loss):
