@@ -20,10 +20,11 @@ from gr_platform import provenance, storage
 from gr_platform.bundle import golden
 from gr_platform.bundle.load import model_digest
 from gr_platform.errors import UserError
+from gr_platform.models.baselines import require_servable
 from gr_platform.models.batch import EventBatch
 from gr_platform.models.build import Model
 from gr_platform.models.compute import encode_tokens, score_candidates
-from gr_platform.models.config import Kind
+from gr_platform.models.config import Kind, ModelConfig
 from gr_platform.models.ranking import RankingModel
 from gr_platform.sequences.vocabulary import NUM_OOV
 from kernels import TIME_THRESHOLDS_MS
@@ -149,7 +150,12 @@ def write_bundle(
     recipe: str,
     metrics: dict[str, Any],
 ) -> dict[str, Any]:
-    """Fill an empty folder with a bundle and return the manifest's facts; `weights` is the run's model.safetensors."""
+    """Fill an empty folder with a bundle and return the manifest's facts; `weights` is the run's model.safetensors.
+
+    Raises UserError for an encoder without K/V and for a model that reads features which no request carries.
+    """
+    require_servable(model.config)
+    _require_served(model.config)
     model.eval()
     shutil.copy(weights, folder / "model.safetensors")
     shutil.copy(vocabulary, folder / "vocabulary.parquet")
@@ -174,6 +180,15 @@ def write_bundle(
         "metrics": metrics,
         "git_commit": provenance.git_commit(),
     }
+
+
+def _require_served(config: ModelConfig) -> None:
+    """Item features are in the model itself; what is known of users and contexts would have to come with a request."""
+    if asked := (*config.context_features, *config.user_features):
+        raise UserError(
+            f"the model reads {', '.join(asked)}, which requests to the server do not carry, so there is no bundle of "
+            "it; train a recipe without context_features and user_features to serve"
+        )
 
 
 def _constants(model: Model, actions: list[str]) -> dict[str, Any]:

@@ -22,7 +22,7 @@ def encode_tokens(
     """Return rows, k, v of new tokens after `past` = (times, k, v): the graph that is exported as encode.onnx."""
     past_times, past_k, past_v = past
     positions = past_times.shape[0] + torch.arange(kinds.shape[0])
-    x = model.embedding(kinds, items, actions, positions)
+    x = model.embedding(kinds, items, actions, positions, times)
     return model.encoder.encode(x, times, query_times, past_times, past_k, past_v)
 
 
@@ -32,8 +32,8 @@ def score_candidates(
     """Return probabilities [C, tasks] against `past`, request_time int64 [1]: the graph exported as score.onnx."""
     past_times, past_k, past_v = past
     kinds, no_action = torch.full_like(candidates, ITEM), torch.zeros_like(candidates)
-    positions = torch.zeros_like(candidates) + past_times.shape[0]
-    x = model.embedding(kinds, candidates, no_action, positions)
+    positions, times = no_action + past_times.shape[0], no_action + request_time
+    x = model.embedding(kinds, candidates, no_action, positions, times)
     return torch.sigmoid(model.heads(model.encoder.score(x, request_time, past_times, past_k, past_v)))
 
 

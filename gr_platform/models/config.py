@@ -11,6 +11,9 @@ Kind = Literal["retrieval", "ranking"]
 Encoder = Literal["hstu", "hstu_softmax", "transformer", "sasrec", "gru4rec", "bert4rec", "dlrm"]
 Negatives = Literal["shared", "per_token", "all"]
 Choice = Literal["recent", "recency", "uniform"]
+Schedule = Literal["constant", "cosine", "linear"]
+TableOptimizer = Literal["adamw", "rowwise"]
+Precision = Literal["auto", "fp32", "bf16"]
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -26,7 +29,9 @@ class ModelConfig:
 
     encoder: what turns token vectors into rows (encoder.py). use_actions: whether a retrieval token says what was done
     with its item. position_bias, time_bias: the two terms of HSTU's rab. ffn_dim: width of a Transformer's
-    feed-forward, 0 for its own default.
+    feed-forward, 0 for its own default. item_features, context_features, user_features: names of the data set's side
+    information that the model reads (models/features.py); a user's slow series become at most max_feature_tokens
+    tokens of their own.
     """
 
     kind: Kind
@@ -45,8 +50,13 @@ class ModelConfig:
     time_bias: bool = True
     ffn_dim: int = 0
     temperature: float = 0.05
+    item_features: tuple[str, ...] = ()
+    context_features: tuple[str, ...] = ()
+    user_features: tuple[str, ...] = ()
+    max_feature_tokens: int = 16
 
     def __post_init__(self) -> None:
+        self._check_features()
         _positive(
             self, "embedding_dim", "num_layers", "num_heads", "qk_dim", "v_dim", "max_events", "chunk", "temperature"
         )
@@ -65,10 +75,24 @@ class ModelConfig:
         if self.chunk > self.max_events:
             raise ValueError(f"ModelConfig.chunk is {self.chunk}, must not exceed max_events = {self.max_events}")
 
+    def _check_features(self) -> None:
+        for name in ("item_features", "context_features", "user_features"):
+            # Out of JSON they come as lists.
+            names = tuple(getattr(self, name))
+            object.__setattr__(self, name, names)
+            if len(set(names)) != len(names):
+                raise ValueError(f"ModelConfig.{name} is {names}, must not name a feature twice")
+        if self.max_feature_tokens < len(self.user_features):
+            raise ValueError(
+                f"ModelConfig.max_feature_tokens is {self.max_feature_tokens}, must be at least the number of "
+                f"user_features, {len(self.user_features)}"
+            )
+
     @property
     def max_seq_len(self) -> int:
-        """Longest sequence in tokens: the start token, the visible history, and the event that is asked about."""
-        return 1 + (self.max_events + 1) * (2 if self.kind == "ranking" else 1)
+        """Longest sequence in tokens: start, slow series, the visible history, and the event that is asked about."""
+        events = (self.max_events + 1) * (2 if self.kind == "ranking" else 1)
+        return 1 + (self.max_feature_tokens if self.user_features else 0) + events
 
     @property
     def attention_divisor(self) -> int:
@@ -96,24 +120,61 @@ class StochasticLength:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingConfig:
-    """How weights are found. `patience` counts epochs without a better validation metric before stopping.
+    """How weights are found.
 
-    negatives: one draw a step that all its targets share, one for each target (the paper's), or all items.
+    schedule, warmup_steps: the learning rate from step to step (training/optim.py). weight_decay: of weight matrices,
+    never of embeddings, norms and biases. table_optimizer: "rowwise" keeps one second moment for each row of the item
+    table. clip_norm: longest gradient of a step, 0 for any. batch_size: users a step; accumulate: how many parts they
+    are read in, one after the other, to save memory. max_epochs, patience: when to stop, and after how many epochs
+    without a better validation figure. refit: train again for the chosen number of epochs on everything but the test
+    exposures. average: decay of a running mean of the weights, which is then judged and saved; 0 for the weights
+    themselves. precision: "auto" is bf16 autocast on a GPU and fp32 on the CPU. compile: run the encoder through
+    torch.compile. negatives: one draw a step that all its targets share, one for each target (the paper's), or all
+    items.
     """
 
     learning_rate: float = 1e-3
+    schedule: Schedule = "constant"
+    warmup_steps: int = 0
+    weight_decay: float = 0.0
+    table_optimizer: TableOptimizer = "adamw"
+    clip_norm: float = 0.0
     batch_size: int = 128
+    accumulate: int = 1
     max_epochs: int = 20
     patience: int = 2
+    refit: bool = False
+    average: float = 0.0
+    precision: Precision = "auto"
+    compile: bool = False
     num_negatives: int = 512
     negatives: Negatives = "shared"
     stochastic_length: StochasticLength = StochasticLength()
     seed: int = 1
 
     def __post_init__(self) -> None:
-        _positive(self, "learning_rate", "batch_size", "max_epochs", "patience", "num_negatives")
-        if self.negatives not in get_args(Negatives):
-            raise ValueError(f"TrainingConfig.negatives is {self.negatives!r}, must be 'shared', 'per_token' or 'all'")
+        _positive(self, "learning_rate", "batch_size", "accumulate", "max_epochs", "patience", "num_negatives")
+        for name in ("warmup_steps", "weight_decay", "clip_norm"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"TrainingConfig.{name} is {getattr(self, name)}, must be 0 or more")
+        if not 0 <= self.average < 1:
+            raise ValueError(f"TrainingConfig.average is {self.average}, must be in [0, 1)")
+        if self.batch_size % self.accumulate:
+            raise ValueError(
+                f"TrainingConfig.accumulate is {self.accumulate}, must divide batch_size = {self.batch_size}"
+            )
+        for name, choices in _CHOICES.items():
+            if getattr(self, name) not in get_args(choices):
+                allowed = ", ".join(map(repr, get_args(choices)))
+                raise ValueError(f"TrainingConfig.{name} is {getattr(self, name)!r}, must be one of {allowed}")
+
+
+_CHOICES = {
+    "schedule": Schedule,
+    "table_optimizer": TableOptimizer,
+    "precision": Precision,
+    "negatives": Negatives,
+}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,6 +19,7 @@ class Encoder(nn.Module, ABC):
     """A causal sequence encoder. `backend` forces an implementation of the kernels; None takes the device's."""
 
     backend: Backend | None = None
+    _NO_KV = "{} keeps no keys and values of past tokens, so it cannot go on from a cache; serve hstu instead"
 
     @abstractmethod
     def forward(self, x: Tensor, jagged: JaggedTimes, rows: Tensor | None = None) -> Tensor:

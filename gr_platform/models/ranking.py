@@ -3,15 +3,35 @@
 Invariant: the prediction for an event is made at its item token, before its action token, so it never sees the answer.
 """
 
+from typing import cast
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from gr_platform.models.batch import EventBatch, History
+from gr_platform.models.batch import EventBatch
 from gr_platform.models.config import ModelConfig
 from gr_platform.models.embeddings import TokenEmbedding
 from gr_platform.models.encoder import Encoder
-from gr_platform.models.tokens import ITEM
+from gr_platform.models.features import FeatureTables
+
+
+class Calibration(nn.Module):
+    """What makes a task's logits speak of its true rate: scale * logit + shift, fitted after training.
+
+    scale, shift: float [tasks], 1 and 0 while weights are found (training/calibration.py fits them).
+    """
+
+    def __init__(self, num_tasks: int) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(num_tasks))
+        self.register_buffer("shift", torch.zeros(num_tasks))
+        self.scale: Tensor
+        self.shift: Tensor
+
+    def forward(self, logits: Tensor) -> Tensor:
+        """Return the calibrated logits [..., tasks]."""
+        return logits * self.scale + self.shift
 
 
 class RankingModel(nn.Module):
@@ -26,19 +46,31 @@ class RankingModel(nn.Module):
         first_item: int,
         num_actions: int,
         tasks: list[str],
+        features: FeatureTables | None = None,
     ) -> None:
         super().__init__()
         self.config, self.tasks = config, list(tasks)
-        self.embedding = TokenEmbedding(config, num_rows=num_rows, first_item=first_item, num_actions=num_actions)
+        self.embedding = TokenEmbedding(
+            config, num_rows=num_rows, first_item=first_item, num_actions=num_actions, features=features
+        )
         self.encoder = encoder
         d = config.embedding_dim
-        self.heads = nn.Sequential(nn.LayerNorm(d), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, len(tasks)))
+        self.heads = nn.Sequential(
+            nn.LayerNorm(d), nn.Linear(d, d), nn.SiLU(), nn.Linear(d, len(tasks)), Calibration(len(tasks))
+        )
+
+    @property
+    def calibration(self) -> Calibration:
+        """The last part of the heads."""
+        return cast(Calibration, self.heads[-1])
 
     def logits(self, batch: EventBatch) -> Tensor:
         """Return logits [L, tasks] of every event, in order; row i knows the events before i and item i."""
         tokens = batch.tokens("ranking")
-        x = self.embedding(tokens.kinds, tokens.items, tokens.actions, tokens.positions)
-        return self.heads(self.encoder(x, tokens.jagged, (tokens.kinds == ITEM).nonzero()[:, 0]))
+        x = self.embedding(
+            tokens.kinds, tokens.items, tokens.actions, tokens.positions, tokens.jagged.times, tokens.codes
+        )
+        return self.heads(self.encoder(x, tokens.jagged, tokens.answers))
 
     def loss(self, batch: EventBatch, *, task_masks: list[int]) -> tuple[Tensor, int]:
         """Return the sum over events of the mean binary cross entropy over tasks, and the number of events.
@@ -54,21 +86,10 @@ class RankingModel(nn.Module):
     @torch.no_grad()
     def score(self, batch: EventBatch, candidates: Tensor) -> Tensor:
         """Return probabilities [B, C, tasks] of candidates int64 [B, C], a full forward each: slow, obviously right."""
-        each = zip(batch.histories, batch.request_times.split(1), candidates, strict=True)
-        return torch.stack([self._score_user(*user) for user in each])
+        return torch.stack([self._score_user(batch, user, asked) for user, asked in enumerate(candidates)])
 
-    def _score_user(self, history: History, at: Tensor, candidates: Tensor) -> Tensor:
-        items, actions, times = (torch.from_numpy(part) for part in history)
-        nothing = torch.zeros(1, dtype=torch.int64)
-        extended = [
-            (
-                torch.cat([items, candidate[None]]).numpy(),
-                torch.cat([actions, nothing]).numpy(),
-                torch.cat([times, at]).numpy(),
-            )
-            for candidate in candidates
-        ]
-        if not extended:
+    def _score_user(self, batch: EventBatch, user: int, candidates: Tensor) -> Tensor:
+        if not len(candidates):
             return torch.zeros(0, len(self.tasks))
-        full = EventBatch.of(extended, at.expand(len(extended)).numpy())
-        return torch.sigmoid(self.logits(full)[full.offsets[1:] - 1])
+        asked = batch.asked(user, candidates)
+        return torch.sigmoid(self.logits(asked)[asked.offsets[1:] - 1])

@@ -1,8 +1,13 @@
-"""The named recipes: one function each, `RECIPES[name](kind)` gives the retrieval or the ranking model of it."""
+"""The named recipes: one function each, `named(name, kind)` gives the retrieval or the ranking model of it.
+
+Shapes of the paper's data sets are those of its authors (PAPER section 6); those of Retailrocket and Amazon Sports are
+sized to the data, not tuned.
+"""
 
 from collections.abc import Callable
 
 from gr_platform.errors import UserError
+from gr_platform.models.baselines import VARIANTS, baseline, require_possible
 from gr_platform.models.config import Kind, ModelConfig, Recipe, TrainingConfig
 
 
@@ -44,11 +49,178 @@ def ml_1m(kind: Kind) -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[Kind], Recipe]] = {"tiny": tiny, "small": small, "ml_1m": ml_1m}
+def ml_1m_large(kind: Kind) -> Recipe:
+    """Return the paper's HSTU-large shape for ML-1M: 8 layers, two heads of 25."""
+    ranking = kind == "ranking"
+    return Recipe(
+        name="ml_1m_large",
+        model=ModelConfig(
+            kind=kind,
+            embedding_dim=50,
+            num_layers=8,
+            num_heads=2,
+            qk_dim=25,
+            v_dim=25,
+            max_events=100 if ranking else 200,
+        ),
+        training=TrainingConfig(max_epochs=6 if ranking else 36, batch_size=32, patience=3 if ranking else 6),
+    )
+
+
+def ml_20m(kind: Kind) -> Recipe:
+    """Return the paper's ML-20M HSTU: width 256, 4 layers, four heads of 64, its own loss and epochs."""
+    return Recipe(
+        name="ml_20m",
+        model=ModelConfig(
+            kind=kind,
+            embedding_dim=256,
+            num_layers=4,
+            num_heads=4,
+            qk_dim=64,
+            v_dim=64,
+            max_events=100 if kind == "ranking" else 200,
+        ),
+        training=TrainingConfig(max_epochs=101, patience=6, num_negatives=128, negatives="per_token"),
+    )
+
+
+def ml_20m_large(kind: Kind) -> Recipe:
+    """Return the paper's ML-20M HSTU-large: width 256, 16 layers, eight heads of 32."""
+    return Recipe(
+        name="ml_20m_large",
+        model=ModelConfig(
+            kind=kind,
+            embedding_dim=256,
+            num_layers=16,
+            num_heads=8,
+            qk_dim=32,
+            v_dim=32,
+            max_events=100 if kind == "ranking" else 200,
+        ),
+        training=TrainingConfig(max_epochs=101, patience=6, num_negatives=128, negatives="per_token"),
+    )
+
+
+def books(kind: Kind) -> Recipe:
+    """Return the paper's Amazon Books HSTU: width 64, 4 layers, four heads of 16, dropout .5, 50 events."""
+    return Recipe(
+        name="books",
+        model=ModelConfig(
+            kind=kind,
+            embedding_dim=64,
+            num_layers=4,
+            num_heads=4,
+            qk_dim=16,
+            v_dim=16,
+            max_events=50,
+            dropout=0.5,
+        ),
+        training=TrainingConfig(max_epochs=201, patience=10, num_negatives=512, negatives="per_token"),
+    )
+
+
+def books_large(kind: Kind) -> Recipe:
+    """Return the paper's Amazon Books HSTU-large: width 64, 16 layers, eight heads of 8."""
+    return Recipe(
+        name="books_large",
+        model=ModelConfig(
+            kind=kind,
+            embedding_dim=64,
+            num_layers=16,
+            num_heads=8,
+            qk_dim=8,
+            v_dim=8,
+            max_events=50,
+            dropout=0.5,
+        ),
+        training=TrainingConfig(max_epochs=201, patience=10, num_negatives=512, negatives="per_token"),
+    )
+
+
+def retailrocket(kind: Kind) -> Recipe:
+    """Return a model for Retailrocket's views, carts and purchases: width 64, 2 layers, two heads of 32."""
+    return Recipe(
+        name="retailrocket",
+        model=ModelConfig(
+            kind=kind,
+            embedding_dim=64,
+            num_layers=2,
+            num_heads=2,
+            qk_dim=32,
+            v_dim=32,
+            max_events=100,
+            dropout=0.3,
+        ),
+        training=TrainingConfig(max_epochs=40, patience=4, batch_size=32),
+    )
+
+
+def amazon_sports(kind: Kind) -> Recipe:
+    """Return a model for Amazon Sports' short sequences: width 64, 2 layers, two heads of 32, dropout .5, 50 events."""
+    return Recipe(
+        name="amazon_sports",
+        model=ModelConfig(
+            kind=kind,
+            embedding_dim=64,
+            num_layers=2,
+            num_heads=2,
+            qk_dim=32,
+            v_dim=32,
+            max_events=50,
+            dropout=0.5,
+        ),
+        training=TrainingConfig(max_epochs=40, patience=4),
+    )
+
+
+_FUNCTIONS = (
+    tiny,
+    small,
+    ml_1m,
+    ml_1m_large,
+    ml_20m,
+    ml_20m_large,
+    books,
+    books_large,
+    retailrocket,
+    amazon_sports,
+)
+RECIPES: dict[str, Callable[[Kind], Recipe]] = {recipe.__name__: recipe for recipe in _FUNCTIONS}
 AUTO = "auto"
+# What `auto` is for the data sets that a recipe was made for and that two cores train in hours, not days.
+SUITED = {"ml-1m": "ml_1m", "retailrocket": "retailrocket", "amazon-sports": "amazon_sports"}
+
+
+def named(name: str, kind: Kind) -> Recipe:
+    """Return the recipe of that name (`ml_1m`), or a variant of it (`ml_1m-sasrec`, baselines.py).
+
+    Raises UserError for an unknown name and for an encoder that cannot make a model of this kind.
+    """
+    base, variant = _parts(name)
+    recipe = RECIPES[base](kind)
+    if variant:
+        recipe = baseline(recipe, variant)
+    require_possible(recipe.model)
+    return recipe
+
+
+def settled(name: str, ds: str) -> str:
+    """Return the name itself, or for `auto` that of the recipe that suits the data set."""
+    return SUITED.get(ds, small.__name__) if name == AUTO else name
 
 
 def require_recipe(name: str) -> None:
     """Raise UserError unless `name` is a recipe's or `auto`: asked first, since training comes late in a run."""
-    if name != AUTO and name not in RECIPES:
-        raise UserError(f"unknown recipe {name!r}; choose {AUTO} or one of {', '.join(sorted(RECIPES))}")
+    if name != AUTO:
+        _parts(name)
+
+
+def _parts(name: str) -> tuple[str, str]:
+    """Return the names of a recipe and of its variant, "" for the recipe itself. Raises UserError for other names."""
+    base, dash, variant = name.partition("-")
+    if base in RECIPES and (variant in VARIANTS or not dash):
+        return base, variant
+    raise UserError(
+        f"unknown recipe {name!r}; choose {AUTO} or one of {', '.join(sorted(RECIPES))}, each also with one of "
+        f"-{', -'.join(VARIANTS)}"
+    )

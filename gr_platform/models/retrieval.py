@@ -9,10 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from gr_platform.models.batch import EventBatch
+from gr_platform.models.batch import EventBatch, TokenBatch
 from gr_platform.models.config import ModelConfig
 from gr_platform.models.embeddings import TokenEmbedding
 from gr_platform.models.encoder import Encoder
+from gr_platform.models.features import FeatureTables
 from kernels import full_softmax, sampled_softmax
 
 UNIT_EPS = 1e-6
@@ -32,18 +33,29 @@ class RetrievalModel(nn.Module):
     """An encoder over start, event_0, event_1, ...; token i predicts event i, the start token the first."""
 
     def __init__(
-        self, config: ModelConfig, encoder: Encoder, *, num_rows: int, first_item: int, num_actions: int
+        self,
+        config: ModelConfig,
+        encoder: Encoder,
+        *,
+        num_rows: int,
+        first_item: int,
+        num_actions: int,
+        features: FeatureTables | None = None,
     ) -> None:
         super().__init__()
         self.config, self.num_rows, self.first_item = config, num_rows, first_item
-        self.embedding = TokenEmbedding(config, num_rows=num_rows, first_item=first_item, num_actions=num_actions)
+        self.embedding = TokenEmbedding(
+            config, num_rows=num_rows, first_item=first_item, num_actions=num_actions, features=features
+        )
         self.encoder = encoder
 
-    def _rows(self, batch: EventBatch, choose: Callable[[Tensor], Tensor]) -> Tensor:
-        """Return the rows of the tokens that `choose` names, given the offsets of the users' tokens."""
+    def _rows(self, batch: EventBatch, choose: Callable[[TokenBatch], Tensor]) -> Tensor:
+        """Return the rows of the tokens that `choose` names."""
         tokens = batch.tokens("retrieval")
-        x = self.embedding(tokens.kinds, tokens.items, tokens.actions, tokens.positions)
-        return self.encoder(x, tokens.jagged, choose(tokens.jagged.seq_offsets))
+        x = self.embedding(
+            tokens.kinds, tokens.items, tokens.actions, tokens.positions, tokens.jagged.times, tokens.codes
+        )
+        return self.encoder(x, tokens.jagged, choose(tokens))
 
     def loss(self, batch: EventBatch, *, negatives: Tensor | None, positive_mask: int) -> tuple[Tensor, int]:
         """Return the sum of the targets' softmax losses and the number of targets.
@@ -52,14 +64,8 @@ class RetrievalModel(nn.Module):
         for every item. Events without an action of `positive_mask` are not targets.
         """
         is_target = target_events(batch, positive_mask)
-
-        def answering(seq_offsets: Tensor) -> Tensor:
-            # Every token but a user's last one answers an event, and those are the batch's targets in order.
-            predicts = torch.ones(int(seq_offsets[-1]), dtype=torch.bool)
-            predicts[seq_offsets[1:] - 1] = False
-            return predicts.nonzero()[:, 0][is_target]
-
-        users, targets = unit(self._rows(batch, answering)), batch.target_items[is_target]
+        users = unit(self._rows(batch, lambda tokens: tokens.answers[is_target]))
+        targets = batch.target_items[is_target]
         if not len(targets):
             return users.sum() * 0.0, 0
         if negatives is None:
@@ -88,7 +94,7 @@ class RetrievalModel(nn.Module):
 
     def user_vectors(self, batch: EventBatch) -> Tensor:
         """Return normalised vectors [B, d] of the users, looking from their request times."""
-        return unit(self._rows(batch, lambda seq_offsets: seq_offsets[1:] - 1))
+        return unit(self._rows(batch, lambda tokens: tokens.last))
 
     def item_vectors(self) -> Tensor:
         """Return the normalised item vectors [num_rows, d]; padding is zero."""

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-START, ITEM, ACTION, EVENT = 0, 1, 2, 3
+START, ITEM, ACTION, EVENT, FEATURE = 0, 1, 2, 3, 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -55,10 +55,13 @@ class Holdout:
     window: tuple[int, int] | None = None
 
 
-def train_ends(lengths: np.ndarray) -> np.ndarray:
-    """Return how many exposures of each user leave-one-out trains on, int64 [U]: all but two; all of fewer than 3."""
+def train_ends(lengths: np.ndarray, *, refit: bool = False) -> np.ndarray:
+    """Return how many exposures of each user leave-one-out trains on, int64 [U]: all but two; all of fewer than 3.
+
+    refit: all but one, since only the test target is still held out.
+    """
     n = np.asarray(lengths, np.int64)
-    return np.where(n >= MIN_LENGTH, n - 2, n)
+    return np.where(n >= MIN_LENGTH, n - _FROM_END["test" if refit else "validation"], n)
 
 
 def target_positions(lengths: np.ndarray, split: Split) -> tuple[np.ndarray, np.ndarray]:
@@ -71,11 +74,30 @@ def target_positions(lengths: np.ndarray, split: Split) -> tuple[np.ndarray, np.
     return rows, n[rows] - _FROM_END[split]
 
 
-def leave_one_out(dataset: "SequenceDataset", split: Split) -> Holdout:
-    """Return the holdout of `train_ends` and `target_positions`; every exposure before a target is known."""
+def leave_one_out(dataset: "SequenceDataset", split: Split, *, refit: bool = False) -> Holdout:
+    """Return the holdout of `train_ends` and `target_positions`; every exposure before a target is known.
+
+    refit: what is trained on reaches up to the test target, the paper's training part, as after the number of epochs
+    was chosen on validation. Raises ValueError for the refit validation split, whose targets are then trained on.
+    """
+    if refit and split != "test":
+        raise ValueError(f"split is {split!r}, must be 'test' after a refit: validation targets are trained on")
     rows, positions = target_positions(dataset.lengths, split)
     targets = Targets(rows=rows, positions=positions, known=positions)
-    return Holdout(name=split, ends=train_ends(dataset.lengths), targets=targets)
+    return Holdout(name=split, ends=train_ends(dataset.lengths, refit=refit), targets=targets)
+
+
+def is_refit(dataset: "SequenceDataset", trained: np.ndarray) -> bool:
+    """Return whether training on each user's first `trained` exposures, int64 [U], saw a validation target.
+
+    Then the model may be asked for the test targets alone. Raises UserError if it saw one of those too.
+    """
+    if num_leaks := int((trained > train_ends(dataset.lengths, refit=True)).sum()):
+        raise UserError(
+            f"the model was trained on the test targets of {num_leaks} users of {dataset.declaration.name}, so its "
+            "figures would say nothing; train it again"
+        )
+    return bool((trained > train_ends(dataset.lengths)).any())
 
 
 def by_time(
@@ -173,9 +195,10 @@ def check_no_leak(
 ) -> list[str]:
     """Return one sentence for each way in which a target could be known before it is asked for; [] if there is none.
 
-    holdout: the split that is judged on, else both of leave-one-out. ends: how many exposures of each user training
-    reads, int64 [U], where that is not the split's. Looks at the split (no target is trained on or known, nothing at
-    or after the cut is) and at the sequences (times never decrease, no exposure stands twice).
+    holdout: the split that is judged on, else both of leave-one-out (for a refit only the test split is sound). ends:
+    how many exposures of each user training reads, int64 [U], where that is not the split's. Looks at the split (no
+    target is trained on or known, nothing at or after the cut is) and at the sequences (times never decrease, no
+    exposure stands twice).
     """
     holdouts = [leave_one_out(dataset, split) for split in SPLITS] if holdout is None else [holdout]
     trained = holdouts[0].ends if ends is None else np.asarray(ends, np.int64)

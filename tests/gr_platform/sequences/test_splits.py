@@ -3,7 +3,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gr_platform.sequences.splits import check_no_leak, describe_targets, target_positions, train_ends
+from gr_platform.errors import UserError
+from gr_platform.sequences.splits import (
+    check_no_leak,
+    describe_targets,
+    is_refit,
+    leave_one_out,
+    target_positions,
+    train_ends,
+)
 
 
 @given(st.lists(st.integers(0, 9), max_size=30))
@@ -56,3 +64,27 @@ def test_an_event_from_after_the_target_in_its_history_is_caught(make_dataset):
 
 def test_users_do_not_leak_into_each_other(make_dataset):
     assert check_no_leak(make_dataset([user(7, 8, 9), user(0, 1, 2), []], 5)) == []
+
+
+def test_a_refit_trains_up_to_the_test_target_and_leaks_nothing_of_it(make_dataset):
+    dataset = make_dataset([user(0, 1, 2, 3), user(0, 1), user(0, 1, 2)], 5)
+    held = leave_one_out(dataset, "test", refit=True)
+    assert held.ends.tolist() == [3, 2, 2]
+    assert held.targets.positions.tolist() == [3, 2]
+    assert held.targets.known.tolist() == [3, 2]
+    assert check_no_leak(dataset, holdout=held) == []
+    assert check_no_leak(dataset, ends=held.ends, holdout=held) == []
+    assert check_no_leak(dataset, ends=held.ends) == ["2 users' validation targets are among their training exposures"]
+    with pytest.raises(ValueError, match="must be 'test' after a refit"):
+        leave_one_out(dataset, "validation", refit=True)
+
+
+def test_what_was_trained_on_says_whether_it_was_a_refit(cycle_dataset):
+    lengths = cycle_dataset.lengths
+    assert not is_refit(cycle_dataset, train_ends(lengths))
+    assert not is_refit(cycle_dataset, np.zeros_like(lengths))
+    assert is_refit(cycle_dataset, train_ends(lengths, refit=True))
+    leaking = train_ends(lengths, refit=True)
+    leaking[7] += 1
+    with pytest.raises(UserError, match="trained on the test targets of 1 users"):
+        is_refit(cycle_dataset, leaking)
