@@ -20,16 +20,20 @@ def _run_folder(platform: Platform, name: str) -> Path:
 
 def _model_leakage(platform: Platform, kind: Kind) -> dg.AssetCheckResult:
     from gr_platform.sequences.dataset import SequenceDataset
-    from gr_platform.sequences.splits import by_time, check_no_leak, newest_time
+    from gr_platform.sequences.splits import by_time, check_no_leak, leave_one_out, newest_time
     from gr_platform.training.loop import trained_ends
 
     dataset = SequenceDataset.current(platform.folder(), platform.dataset_name())
     folder = _run_folder(platform, f"{kind}_model")
-    if storage.read_manifest(folder).spec["sequences"] != dataset.digest:
+    spec = storage.read_manifest(folder).spec
+    if spec["sequences"] != dataset.digest:
         faults, figures = ["it was trained on other sequences than the current ones"], {}
     else:
         ends = trained_ends(folder, dataset.num_users)
-        faults = check_no_leak(dataset, ends=ends)
+        # A refit takes the validation targets in, so only the test targets are to be unknown to the model.
+        refit = spec["recipe"]["training"]["refit"]
+        holdout = leave_one_out(dataset, "test", refit=True) if refit else None
+        faults = check_no_leak(dataset, ends=ends, holdout=holdout)
         # By time, this model may only be judged on what came after all that it saw: how much of that is there?
         trained_until = newest_time(dataset, ends)
         after = by_time(dataset, trained_until + 1)
@@ -83,9 +87,10 @@ def finite_figures(platform: Platform) -> dg.AssetCheckResult:
     from gr_platform.registry.tracking import run_metrics
 
     facts = storage.read_manifest(_run_folder(platform, "evaluation")).facts
-    figures = {name: value for kind in KINDS for name, value in run_metrics(kind, facts).items()}
+    by_kind = {kind: run_metrics(kind, facts) for kind in KINDS}
+    figures = {name: value for of_kind in by_kind.values() for name, value in of_kind.items()}
     faults = [f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value)]
-    faults += [f"{kind} has no figures" for kind in KINDS if not run_metrics(kind, facts)]
+    faults += [f"{kind} has no figures" for kind, of_kind in by_kind.items() if not of_kind]
     return verdict("evaluation finite_figures", faults, f"all {len(figures)} figures are finite")
 
 

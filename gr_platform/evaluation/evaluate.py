@@ -1,8 +1,11 @@
-"""The evaluation stage: the current pair of models and the popularity baseline on the held-out last exposures.
+"""The evaluation of trained models beside the baselines, on the held-out last exposures.
 
-Invariant: every printed figure can be computed again from the Parquet files beside the manifest, one row a user.
+Invariant: every printed figure can be computed again from the Parquet files beside the manifest, one row a target; a
+baseline counts what the model it stands beside may know, no more and no less.
 """
 
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,86 +16,154 @@ import torch
 
 from gr_platform import settings, storage
 from gr_platform.errors import UserError
-from gr_platform.evaluation.protocols import (
-    Judged,
-    judge_by_model,
-    rank_by_model,
-    rank_by_popularity,
-    ranking_facts,
-    retrieval_facts,
-)
+from gr_platform.evaluation.metrics import calibration_bins
+from gr_platform.evaluation.popularity import train_counts
+from gr_platform.evaluation.protocols import judge_by_model, rank_by_cooccurrence, rank_by_model, rank_by_popularity
 from gr_platform.evaluation.ranks import Ranked
+from gr_platform.evaluation.slices import slice_table
+from gr_platform.evaluation.tables import LABEL, LOGIT, judged_table, metrics_of_table, ranked_table, tasks_of
+from gr_platform.models.config import Kind
 from gr_platform.models.ranking import RankingModel
 from gr_platform.models.retrieval import RetrievalModel
 from gr_platform.sequences.dataset import SequenceDataset
+from gr_platform.sequences.featured import with_features
+from gr_platform.sequences.splits import Holdout, is_refit, leave_one_out
 from gr_platform.training.load import load_model
+from gr_platform.training.loop import trained_ends
 
-EVALUATION_VERSION = 1
+EVALUATION_VERSION = 2
+KINDS: tuple[Kind, ...] = ("retrieval", "ranking")
+BASELINES: dict[str, Callable[[SequenceDataset, Holdout], Ranked]] = {
+    "popularity": rank_by_popularity,
+    "cooccurrence": rank_by_cooccurrence,
+}
 
 
-def evaluate(home: Path, ds: str) -> storage.Result:
+def evaluate_current(home: Path, ds: str) -> storage.Result:
     """Return the evaluation of the data set's current models, made unless it is there, and make it current.
 
-    Facts: "retrieval", "retrieval_chunk_1" (the paper's sliding window instead of the served chunk) and "popularity"
-    hold rank metrics and counts, "ranking" task -> NE, log loss, AUC. Files: retrieval.parquet, popularity.parquet
-    (user_id, item, rank, score of the target), ranking.parquet (user_id, item, label_<task>, logit_<task>).
-    Raises UserError if a model is missing or was trained on other sequences.
+    Facts and files are those of `evaluate_run` of each, together; a kind that was never trained has none.
+    Raises UserError if there is no model at all, or one was trained on other sequences.
     """
-    torch.set_num_threads(settings.num_threads())
     runs = home / "runs" / ds
-    dataset = SequenceDataset.open(storage.current(home / "sequences" / ds, "sequences"))
-    folders = {kind: storage.current(runs, f"{kind}_model") for kind in ("retrieval", "ranking")}
-    manifests = {kind: storage.read_manifest(folder, verify=True) for kind, folder in folders.items()}
-    for kind, manifest in manifests.items():
-        if manifest.spec["sequences"] != dataset.digest:
-            raise UserError(f"the current {kind} model of {ds} was trained on other sequences; train it again first")
-    spec = {
-        "sequences": dataset.digest,
-        "models": {kind: manifest.digest for kind, manifest in manifests.items()},
-        "evaluation_version": EVALUATION_VERSION,
-    }
-    result = storage.ensure(runs, "evaluation", spec, lambda folder: _build(folder, folders, dataset))
+    kinds = [kind for kind in KINDS if (runs / f"{kind}_model.current").is_file()]
+    # Without any model the first kind's absence is said.
+    folders = [storage.current(runs, f"{kind}_model") for kind in kinds or KINDS[:1]]
+    models: dict[str, str] = {}
+    for folder in folders:
+        models |= evaluation_spec(home, ds, folder)["models"]
+    spec = evaluation_spec(home, ds, folders[0]) | {"models": models}
+
+    def build(into: Path) -> dict[str, Any]:
+        return _joined(into, [evaluate_run(home, ds, folder) for folder in folders])
+
+    result = (
+        evaluate_run(home, ds, folders[0]) if len(folders) == 1 else storage.ensure(runs, "evaluation", spec, build)
+    )
     storage.point(runs, "evaluation", result.folder)
     return result
 
 
-def _build(folder: Path, folders: dict[str, Path], dataset: SequenceDataset) -> dict[str, Any]:
-    retrieval, ranking = load_model(folders["retrieval"]), load_model(folders["ranking"])
-    assert isinstance(retrieval, RetrievalModel)
-    assert isinstance(ranking, RankingModel)
-    ranked = rank_by_model(retrieval, dataset, "test")
-    sliding = rank_by_model(retrieval, dataset, "test", chunk=1)
-    popular = rank_by_popularity(dataset, "test")
-    judged = judge_by_model(ranking, dataset, "test")
-    pq.write_table(_ranked_table(ranked, dataset), folder / "retrieval.parquet")
-    pq.write_table(_ranked_table(popular, dataset), folder / "popularity.parquet")
-    pq.write_table(_judged_table(judged, ranking.tasks, dataset), folder / "ranking.parquet")
-    facts = retrieval_facts(ranked)
+def evaluate_run(home: Path, ds: str, folder: Path) -> storage.Result:
+    """Return the evaluation of the trained model in a run folder, made unless it is there.
+
+    Retrieval. Facts: "retrieval", "retrieval_chunk_1" (the paper's sliding window instead of the served chunk) and each
+    of BASELINES hold rank metrics and counts; "slices" the rows of `slice_table`. Files: each of these but the slices
+    as a ranked table (tables.py).
+    Ranking. Facts: "ranking" task -> `binary_metrics`, "ranking_calibration" task -> `calibration_bins`. File:
+    ranking.parquet, a judged table.
+    Raises UserError if the model is damaged, was trained on other sequences or saw its test targets.
+    """
+    torch.set_num_threads(settings.num_threads())
+    runs = home / "runs" / ds
+    spec = evaluation_spec(home, ds, folder)
+
+    def build(into: Path) -> dict[str, Any]:
+        model = load_model(folder)
+        dataset = with_features(home, ds, SequenceDataset.current(home, ds), model.config)
+        refit = is_refit(dataset, trained_ends(folder, dataset.num_users))
+        holdout = leave_one_out(dataset, "test", refit=refit)
+        if isinstance(model, RankingModel):
+            return _judge(into, model, dataset, holdout)
+        baselines = [evaluate_baseline(home, ds, name, refit=refit) for name in BASELINES]
+        return _rank(into, model, dataset, holdout) | _joined(into, baselines)
+
+    return storage.ensure(runs, "evaluation", spec, build)
+
+
+def evaluate_baseline(home: Path, ds: str, name: str, *, refit: bool = False) -> storage.Result:
+    """Return the evaluation of one of BASELINES on the current sequences, made unless it is there.
+
+    refit: count all but the test target, as beside a model that was trained on so much. Facts: its name -> rank metrics
+    and counts; file <name>.parquet, a ranked table. Raises UserError for an unknown name.
+    """
+    if name not in BASELINES:
+        raise UserError(f"there is no baseline {name!r}; choose one of {', '.join(BASELINES)}")
+    dataset = SequenceDataset.current(home, ds)
+    made_of = {"sequences": dataset.digest, "baseline": name, "refit": refit}
+    spec = made_of | {"evaluation_version": EVALUATION_VERSION}
+
+    def build(into: Path) -> dict[str, Any]:
+        ranked = BASELINES[name](dataset, leave_one_out(dataset, "test", refit=refit))
+        return {name: _written(into, name, ranked_table(ranked, dataset))}
+
+    return storage.ensure(home / "runs" / ds, "evaluation", spec, build)
+
+
+def evaluation_spec(home: Path, ds: str, folder: Path) -> dict[str, Any]:
+    """Return what the evaluation of a run folder is made from. Raises UserError as `evaluate_run` does."""
+    manifest = storage.read_manifest(folder, verify=True)
+    kind = manifest.kind.removesuffix("_model")
+    sequences = storage.read_manifest(storage.current(home / "sequences" / ds, "sequences")).digest
+    if manifest.spec["sequences"] != sequences:
+        raise UserError(f"the {kind} model {folder.name} of {ds} was trained on other sequences; train it again first")
+    return {
+        "sequences": sequences,
+        "models": {kind: manifest.digest},
+        "evaluation_version": EVALUATION_VERSION,
+    }
+
+
+def _rank(folder: Path, model: RetrievalModel, dataset: SequenceDataset, holdout: Holdout) -> dict[str, Any]:
+    served = ranked_table(rank_by_model(model, dataset, holdout), dataset)
+    sliding = (
+        served if model.config.chunk == 1 else ranked_table(rank_by_model(model, dataset, holdout, chunk=1), dataset)
+    )
+    facts = _written(folder, "retrieval", served)
     return {
         "retrieval": facts,
-        "retrieval_chunk_1": retrieval_facts(sliding),
-        "popularity": retrieval_facts(popular),
-        "ranking": ranking_facts(judged, ranking.tasks),
+        "retrieval_chunk_1": _written(folder, "retrieval_chunk_1", sliding),
+        "slices": slice_table(served, train_counts(dataset, holdout.ends)).to_pylist(),
         "num_users": facts["num_users"],
         "num_ties": facts["num_ties"],
-        "num_ranking_users": len(judged.targets),
         "catalogue_size": int(np.count_nonzero(dataset.vocabulary.active)),
     }
 
 
-def _ranked_table(ranked: Ranked, dataset: SequenceDataset) -> pa.Table:
-    return pa.table(
-        {
-            "user_id": dataset.user_ids[ranked.targets.rows],
-            "item": ranked.items,
-            "rank": ranked.ranks,
-            "score": ranked.scores,
-        }
-    )
+def _judge(folder: Path, model: RankingModel, dataset: SequenceDataset, holdout: Holdout) -> dict[str, Any]:
+    table = judged_table(judge_by_model(model, dataset, holdout), model.tasks, dataset)
+    bins = {
+        task: calibration_bins(table[LABEL + task].to_numpy(), table[LOGIT + task].to_numpy())
+        for task in tasks_of(table)
+    }
+    return {
+        "ranking": _written(folder, "ranking", table),
+        "ranking_calibration": bins,
+        "num_ranking_users": len(table),
+    }
 
 
-def _judged_table(judged: Judged, tasks: list[str], dataset: SequenceDataset) -> pa.Table:
-    columns = {"user_id": dataset.user_ids[judged.targets.rows], "item": judged.items}
-    for index, task in enumerate(tasks):
-        columns |= {f"label_{task}": judged.labels[:, index], f"logit_{task}": judged.logits[:, index]}
-    return pa.table(columns)
+def _written(folder: Path, name: str, table: pa.Table) -> dict[str, Any]:
+    """Return a table's figures after writing it to `<name>.parquet`."""
+    pq.write_table(table, folder / f"{name}.parquet", compression="zstd")
+    return metrics_of_table(table)
+
+
+def _joined(folder: Path, results: list[storage.Result]) -> dict[str, Any]:
+    """Return the facts of all results together after copying their files."""
+    facts: dict[str, Any] = {}
+    for result in results:
+        facts |= result.manifest.facts
+        for name in result.manifest.files:
+            shutil.copyfile(result.folder / name, folder / name)
+    return facts

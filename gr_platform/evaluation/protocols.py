@@ -1,6 +1,6 @@
 """How a model is judged, leave-one-out or by time: against the whole catalogue or at the exposure itself.
 
-Invariant: a model, the popularity baseline and the server answer the same question: the history is what the split says
+Invariant: a model, the baselines and the server answer the same question: the history is what the split says
 is known, the request comes at the target's time, inactive and (where declared) seen items are not returned.
 """
 
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from gr_platform.evaluation.cooccurrence import Cooccurrence, CooccurrenceConfig
 from gr_platform.evaluation.metrics import binary_metrics, rank_metrics
 from gr_platform.evaluation.popularity import train_counts
 from gr_platform.evaluation.ranks import Ranked, rank_targets, require_finite
@@ -17,10 +18,10 @@ from gr_platform.models.batch import EventBatch
 from gr_platform.models.config import ModelConfig
 from gr_platform.models.ranking import RankingModel
 from gr_platform.models.retrieval import RetrievalModel
-from gr_platform.sequences.dataset import Jagged, SequenceDataset
+from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.k_core import k_core as core_of
 from gr_platform.sequences.splits import Holdout, Split, Targets, leave_one_out
-from gr_platform.sequences.window import window_starts
+from gr_platform.training.batches import request_batch
 from gr_platform.training.seeds import generator
 
 FORWARD_USERS = 128
@@ -81,7 +82,7 @@ def rank_by_model(
     config = model.config if chunk is None else replace(model.config, chunk=chunk)
     targets = split_targets(dataset, split, positives_only=True, max_users=max_users)
     model.eval()
-    users = [model.user_vectors(_asked(dataset, part, config)) for part in _parts(targets)]
+    users = [model.user_vectors(_batch(dataset, part, config)) for part in _parts(targets)]
     user_vectors = torch.cat(users) if users else torch.zeros(0, config.embedding_dim)
     item_vectors = model.item_vectors().T
 
@@ -103,6 +104,20 @@ def rank_by_popularity(dataset: SequenceDataset, split: Split | Holdout) -> Rank
     return rank_targets(dataset, targets, score_block, exclude_seen=dataset.declaration.exclude_seen == "all")
 
 
+def rank_by_cooccurrence(
+    dataset: SequenceDataset, split: Split | Holdout, config: CooccurrenceConfig | None = None
+) -> Ranked:
+    """Return the rank of every target by what followed the user's last items in the training part."""
+    holdout = holdout_of(dataset, split)
+    baseline = Cooccurrence(dataset, holdout.ends, config)
+    targets = split_targets(dataset, holdout, positives_only=True)
+
+    def score_block(begin: int, end: int) -> np.ndarray:
+        return baseline.scores(targets[begin:end])
+
+    return rank_targets(dataset, targets, score_block, exclude_seen=dataset.declaration.exclude_seen == "all")
+
+
 @torch.inference_mode()
 def judge_by_model(
     model: RankingModel, dataset: SequenceDataset, split: Split | Holdout, *, max_users: int | None = None
@@ -118,7 +133,7 @@ def judge_by_model(
     model.eval()
     logits = [torch.zeros(0, len(model.tasks))]
     for part in _parts(targets):
-        batch = _asked(dataset, part, model.config, with_target=True)
+        batch = _batch(dataset, part, model.config, with_target=True)
         logits.append(model.logits(batch)[batch.offsets[1:] - 1])
     logits_UT = torch.cat(logits).numpy()
     require_finite(logits_UT, "logits")
@@ -140,8 +155,9 @@ def retrieval_facts(ranked: Ranked) -> dict[str, Any]:
 
 
 def ranking_facts(judged: Judged, tasks: list[str]) -> dict[str, Any]:
-    """Return task -> ne, log_loss, auc, base_rate, num_targets."""
-    return {task: binary_metrics(judged.labels[:, i], judged.logits[:, i]) for i, task in enumerate(tasks)}
+    """Return task -> `binary_metrics`; the targets' users are whom GAUC groups by."""
+    users = judged.targets.rows
+    return {task: binary_metrics(judged.labels[:, i], judged.logits[:, i], users) for i, task in enumerate(tasks)}
 
 
 def evaluate_retrieval(
@@ -158,18 +174,8 @@ def evaluate_ranking(
     return ranking_facts(judge_by_model(model, dataset, split, max_users=max_users), model.tasks)
 
 
-def _asked(dataset: SequenceDataset, targets: Targets, config: ModelConfig, *, with_target: bool = False) -> EventBatch:
-    """Return what is known of each target's user, asked at the target's time; `with_target` appends the target.
-
-    Two spans a user, gathered at once: what is known and visible, and the target, which need not be the next exposure.
-    """
-    starts = window_starts(targets.known, config.max_events, config.chunk)
-    spans = [np.stack(pair, 1).ravel() for pair in (
-        (targets.rows, targets.rows), (starts, targets.positions), (targets.known, targets.positions + int(with_target))
-    )]  # fmt: skip
-    found = dataset.gather(*spans)
-    visible = Jagged(found.offsets[::2], found.items, found.actions, found.times)
-    return EventBatch.of(visible.histories(), dataset.at(targets.rows, targets.positions).times)
+def _batch(dataset: SequenceDataset, targets: Targets, config: ModelConfig, *, with_target: bool = False) -> EventBatch:
+    return request_batch(dataset, targets.rows, targets.positions, config, known=targets.known, with_target=with_target)
 
 
 def _parts(targets: Targets) -> list[Targets]:

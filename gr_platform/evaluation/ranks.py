@@ -26,15 +26,25 @@ class NonFiniteScores(RuntimeError):
 class Ranked:
     """Ranks int64 [U] (1 = best) and scores float32 [U] of the targets' items int64 [U].
 
-    num_ties: targets whose score another item shares; num_unreachable: targets that could not be returned.
+    tied: which targets share their score with another item; unreachable: which could not be returned; bool [U].
     """
 
     targets: Targets
     items: np.ndarray
     ranks: np.ndarray
     scores: np.ndarray
-    num_ties: int
-    num_unreachable: int
+    tied: np.ndarray
+    unreachable: np.ndarray
+
+    @property
+    def num_ties(self) -> int:
+        """How many targets share their score with another item."""
+        return int(np.count_nonzero(self.tied))
+
+    @property
+    def num_unreachable(self) -> int:
+        """How many targets could not be returned."""
+        return int(np.count_nonzero(self.unreachable))
 
 
 def require_finite(values: np.ndarray, what: str) -> None:
@@ -57,26 +67,24 @@ def rank_targets(
     """
     barred = ~dataset.vocabulary.active
     items = dataset.at(targets.rows, targets.positions).items
-    ranks = np.empty(len(targets), np.int64)
-    scores = np.empty(len(targets), np.float32)
-    num_ties = num_unreachable = 0
+    ranks, scores = np.empty(len(targets), np.int64), np.empty(len(targets), np.float32)
+    tied, unreachable = np.empty(len(targets), bool), np.empty(len(targets), bool)
     block = max(1, min(BLOCK_USERS, BLOCK_SCORES // len(barred)))
     for begin in range(0, len(targets), block):
         end = min(begin + block, len(targets))
         table = score_block(begin, end)
         require_finite(table, f"scores of users {begin}..{end - 1}")
-        own = table[np.arange(end - begin), items[begin:end]]
+        asked = np.arange(end - begin), items[begin:end]
+        own = table[asked]
         table[:, barred] = -np.inf
         if exclude_seen:
             nothing = np.zeros(end - begin, np.int64)
             seen = dataset.gather(targets.rows[begin:end], nothing, targets.known[begin:end])
             table[seen.owner, seen.items] = -np.inf
-        unreachable = np.isneginf(table[np.arange(end - begin), items[begin:end]])
+        lost = np.isneginf(table[asked])
         at_least = np.count_nonzero(table >= own[:, None], axis=1)
-        ranks[begin:end] = np.where(unreachable, np.count_nonzero(~barred) + 1, at_least)
+        ranks[begin:end] = np.where(lost, np.count_nonzero(~barred) + 1, at_least)
         scores[begin:end] = own
-        num_ties += int(np.count_nonzero((np.count_nonzero(table == own[:, None], axis=1) > 1) & ~unreachable))
-        num_unreachable += int(np.count_nonzero(unreachable))
-    return Ranked(
-        targets=targets, items=items, ranks=ranks, scores=scores, num_ties=num_ties, num_unreachable=num_unreachable
-    )
+        tied[begin:end] = (np.count_nonzero(table == own[:, None], axis=1) > 1) & ~lost
+        unreachable[begin:end] = lost
+    return Ranked(targets=targets, items=items, ranks=ranks, scores=scores, tied=tied, unreachable=unreachable)

@@ -27,6 +27,14 @@ log = logging.getLogger(__name__)
 RUN_DIGEST = "gr.run_digest"
 EVALUATION_DIGEST = "gr.evaluation_digest"
 SEQUENCES_DIGEST = "gr.sequences_digest"
+# Prefix of a metric's name -> the part of an evaluation's facts that it comes from.
+RETRIEVAL_FIGURES = {
+    "test": "retrieval",
+    "chunk_1": "retrieval_chunk_1",
+    "popularity": "popularity",
+    "cooccurrence": "cooccurrence",
+}
+COMPARED = {"retrieval": "model", "cooccurrence": "co-occurrence", "popularity": "popularity"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,21 +76,30 @@ def experiment_id(client: "MlflowClient", home: Path, ds: str) -> str:
 
 
 def run_metrics(kind: str, evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of one kind as MLflow names: `test_hr_at_10`, `popularity_hr_at_10`, `test_like_auc`."""
+    """Return the figures of one kind as MLflow names: `test_hr_at_10`, `popularity_hr_at_10`, `test_like_auc`.
+
+    {} where the evaluation is not of that kind.
+    """
     if kind == "retrieval":
-        named = {f"test_{k}": v for k, v in evaluation["retrieval"].items()}
-        named |= {f"popularity_{k}": v for k, v in evaluation["popularity"].items()}
+        named = {
+            f"{prefix}_{name}": value
+            for prefix, part in RETRIEVAL_FIGURES.items()
+            for name, value in evaluation.get(part, {}).items()
+        }
     else:
-        named = {f"test_{task}_{k}": v for task, figures in evaluation["ranking"].items() for k, v in figures.items()}
+        tasks = evaluation.get("ranking", {})
+        named = {f"test_{task}_{k}": v for task, figures in tasks.items() for k, v in figures.items()}
     return {name: float(v) for name, v in named.items() if isinstance(v, int | float) and not isinstance(v, bool)}
 
 
-def figures_png(kind: str, evaluation: Mapping[str, Any]) -> bytes:
-    """Return an evaluation's figures of one kind as a small PNG: model against popularity, or task beside task."""
+def figures_png(kind: str, evaluation: Mapping[str, Any]) -> dict[str, bytes]:
+    """Return name -> small PNG of an evaluation of one kind: against baselines, by slice; task by task, calibration."""
     if kind == "ranking":
-        return plots.metric_bars(evaluation["ranking"], ["ne", "auc"])
-    models = {"HSTU": evaluation["retrieval"], "popularity": evaluation["popularity"]}
-    return plots.metric_bars(models, ["hr_at_10", "ndcg_at_10", "mrr"])
+        bars = plots.metric_bars(evaluation["ranking"], ["ne", "auc"])
+        return {"figures": bars, "calibration": plots.calibration(evaluation["ranking_calibration"])}
+    models = {label: evaluation[part] for part, label in COMPARED.items()}
+    bars = plots.metric_bars(models, ["hr_at_10", "ndcg_at_10", "mrr"])
+    return {"figures": bars, "slices": plots.slices(evaluation["slices"])}
 
 
 def log_run(home: Path, ds: str, kind: str) -> TrackedRun:
@@ -162,7 +179,7 @@ def _log_evaluation(client: "MlflowClient", run_id: str, kind: str, evaluation: 
     final = run_metrics(kind, evaluation.facts)
     now = int(time.time() * 1000)
     client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in final.items()])
-    _log_pictures(client, run_id, {"figures": figures_png(kind, evaluation.facts)})
+    _log_pictures(client, run_id, figures_png(kind, evaluation.facts))
     client.log_dict(run_id, evaluation.facts, "evaluation.json")
     client.set_tag(run_id, EVALUATION_DIGEST, evaluation.digest)
 

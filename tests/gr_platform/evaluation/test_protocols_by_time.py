@@ -4,6 +4,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import roc_auc_score
 
 from gr_platform.evaluation import protocols
 from gr_platform.evaluation.popularity import train_counts
@@ -75,6 +76,14 @@ def test_popularity_by_time_counts_what_is_before_the_cut_alone(dataset):
     assert protocols.rank_by_popularity(dataset, held).ranks.tolist() == [5, 1, 5]
 
 
+def test_cooccurrence_by_time_asks_with_what_was_known_at_the_cut(make_dataset):
+    """Item 1 followed 0 before the cut. The second target, 3, comes after a 2 that nobody knew of then."""
+    users = [walk((0, 1), (1, 2)), walk((2, 3), (3, 4)), walk((0, 5), (2, 1000), (3, 1001))]
+    ranked = protocols.rank_by_cooccurrence(make_dataset(users, 4), by_time(make_dataset(users, 4), CUT, targets="all"))
+    # 1 comes first, then 0 for its two exposures; 2 and 3 are tied at one each
+    assert ranked.ranks.tolist() == [4, 4]
+
+
 def test_every_target_of_a_window_is_asked_at_its_time_with_what_was_known_at_the_cut(dataset):
     seen = []
     stand_in = last_item_oracle()
@@ -101,6 +110,9 @@ def test_real_models_judge_by_time_and_users_without_history(dataset):
     ranking = build_model(tiny("ranking").model, num_rows=10, num_actions=2, tasks=["like"])
     judged = protocols.judge_by_model(ranking, dataset, held)
     assert judged.labels[:, 0].tolist() == [False, True, True, False, True]
+    # Only the first user has targets of both labels, three of them.
+    of_first = roc_auc_score(judged.labels[:3, 0], judged.logits[:3, 0])
+    assert protocols.ranking_facts(judged, ["like"])["like"]["gauc"] == pytest.approx(of_first)
     for index in (0, 4):
         asked = held.targets[index : index + 1]
         batch = request_batch(dataset, asked.rows, asked.positions, ranking.config)
@@ -112,7 +124,7 @@ def test_leave_one_out_asks_what_training_asks(cycle_dataset):
     """The batch of a known beginning and a target equals the one that training reads at that position."""
     config, targets = tiny("ranking").model, leave_one_out(cycle_dataset, "test").targets
     for with_target in (False, True):
-        ours = protocols._asked(cycle_dataset, targets, config, with_target=with_target)
+        ours = protocols._batch(cycle_dataset, targets, config, with_target=with_target)
         theirs = request_batch(cycle_dataset, targets.rows, targets.positions, config, with_target=with_target)
         for name in ("items", "actions", "times", "offsets", "request_times"):
             assert torch.equal(torch.as_tensor(getattr(ours, name)), torch.as_tensor(getattr(theirs, name)))
@@ -121,7 +133,7 @@ def test_leave_one_out_asks_what_training_asks(cycle_dataset):
 def test_all_targets_of_a_long_user_see_the_same_window_of_the_history(make_dataset):
     dataset = make_dataset([walk(*((step % 5, step) for step in range(90)))], 5)
     held, config = by_time(dataset, 50, targets="all"), tiny("retrieval").model
-    asked = protocols._asked(dataset, held.targets, config)
+    asked = protocols._batch(dataset, held.targets, config)
     # 50 events are known, 40 visible at most: the start moves in steps of 8
     assert (config.max_events, config.chunk) == (40, 8)
     assert np.diff(asked.offsets).tolist() == [34] * 40

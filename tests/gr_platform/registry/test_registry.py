@@ -32,7 +32,13 @@ def _train(home: Path, hr: float, *, name: str = "a", sequences: str = "seq-1") 
     facts = {
         "retrieval": {"hr_at_10": hr, "ndcg_at_10": hr / 2},
         "popularity": {"hr_at_10": 0.1, "ndcg_at_10": 0.05},
+        "cooccurrence": {"hr_at_10": 0.15, "ndcg_at_10": 0.07},
+        "slices": [
+            {"slice": "user_age", "bin": name, "lower": at, "upper": at + 1, "hr_at_10": hr, "hr_at_10_error": 0.01}
+            for at, name in enumerate(("young", "old"))
+        ],
         "ranking": {"like": {"ne": 0.9, "auc": 0.7}},
+        "ranking_calibration": {"like": [{"predicted": 0.2, "observed": 0.25}]},
     }
     made = storage.ensure(runs, "evaluation", {"models": digests, "sequences": sequences}, lambda folder: facts)
     storage.point(runs, "evaluation", made.folder)
@@ -79,11 +85,13 @@ def test_registering_the_same_model_twice_reuses_run_and_version(home: Path) -> 
     assert retrieval.data.params["model.embedding_dim"] == "16"
     assert retrieval.data.metrics["test_hr_at_10"] == 0.3
     assert retrieval.data.metrics["popularity_hr_at_10"] == 0.1
+    assert retrieval.data.metrics["cooccurrence_hr_at_10"] == 0.15
     assert [m.value for m in client.get_metric_history(retrieval.info.run_id, "loss")] == [3.0, 1.5]
     assert retrieval.inputs.dataset_inputs[0].dataset.digest == "seq-1"
     assert {f.path for f in client.list_artifacts(retrieval.info.run_id, "plots")} >= {
         "plots/figures.png",
         "plots/learning_curve.png",
+        "plots/slices.png",
     }
 
 
