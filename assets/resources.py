@@ -42,7 +42,7 @@ class Training(dg.Config):
     recipe: str = "auto"
 
     def recipe_for(self, ds: str) -> str:
-        """Return the configured recipe, else `ml_1m` for the data set ml-1m and `small` for any other."""
-        if self.recipe != "auto":
-            return self.recipe
-        return "ml_1m" if ds == "ml-1m" else "small"
+        """Return the configured recipe, for `auto` the one that was made for the data set, else `small`."""
+        from gr_platform.models.recipes import settled
+
+        return settled(self.recipe, ds)

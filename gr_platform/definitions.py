@@ -13,6 +13,7 @@ from assets import (
     deployment,
     evaluation,
     events,
+    experiments,
     model_checks,
     registration,
     sequences,
@@ -24,7 +25,7 @@ FULL_PIPELINE = "full_pipeline"
 
 full_pipeline = dg.define_asset_job(
     FULL_PIPELINE,
-    selection=dg.AssetSelection.all(),
+    selection=dg.AssetSelection.all() - dg.AssetSelection.groups(experiments.GROUP),
     description="From landed files to the served pair of models; finished stages are reused.",
 )
 
@@ -47,10 +48,12 @@ def file_logger(context: dg.InitLoggerContext) -> logging.Logger:
 
 
 defs = dg.Definitions(
-    assets=dg.load_assets_from_modules([events, data_card, sequences, training, evaluation, registration, deployment]),
+    assets=dg.load_assets_from_modules(
+        [events, data_card, sequences, training, evaluation, registration, deployment, experiments]
+    ),
     asset_checks=dg.load_asset_checks_from_modules([data_checks, model_checks]),
     jobs=[full_pipeline],
-    resources={"platform": Platform()},
+    resources={"platform": Platform(), "lab": experiments.Experiments()},
     executor=dg.in_process_executor,
     loggers={"console": dg.colored_console_logger, "file": file_logger},
 )

@@ -44,7 +44,7 @@ def serving_python() -> Path:
 
 
 def peer_python() -> Path | None:
-    """Return the Python of the environment with the libraries that `gr bench step` compares with, or None.
+    """Return the Python of the environment with the libraries that `gr bench train` compares with, or None.
 
     `GR_PEERS` names the environment's folder. Raises UserError if there is no Python in it.
     """

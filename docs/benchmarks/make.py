@@ -17,6 +17,7 @@ PAGES = (HERE / "README.md", HERE.parent / "kernels.md")
 # A table stands between the name of its file and an end mark, both as comments that nobody sees.
 BLOCK = re.compile(r"(<!-- (\w+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 PLOT = HERE.parent / "images" / "attention_lengths.png"
+ENCODERS_PLOT = HERE.parent / "images" / "encoder_lengths.png"
 SIZES_PLOT = HERE.parent / "images" / "ingest_sizes.png"
 # Benchmarks that are run once a size: `ingest.json` on a page stands for ingest_1m.json, ingest_10m.json, ...
 BY_SIZE = ("ingest.json",)
@@ -30,8 +31,7 @@ def measured(rows: list[Row]) -> str:
     for row in rows:
         bound = "" if row["target"] is None else f"{'<=' if row.get('at_most') else '>='} {row['target']:g}"
         reached = {True: "yes", False: "no", None: ""}[row["ok"]]
-        value = f"{row['value']:.3g}" if row["value"] < 1000 else f"{row['value']:,.0f}"
-        lines.append(_line((row["name"], value, row["unit"], row["against"] or "", bound, reached)))
+        lines.append(_line((row["name"], _value(row["value"]), row["unit"], row["against"] or "", bound, reached)))
     return "\n".join(lines)
 
 
@@ -84,7 +84,7 @@ def by_size(rows: list[Row]) -> str:
     """Return one line for each row, one column for each size of the log, with what is missed in bold."""
 
     def cell(row: Row) -> str:
-        value = f"{row['value']:.3g}" if row["value"] < 1000 else f"{row['value']:,.0f}"
+        value = _value(row["value"])
         return f"**{value}**" if row["ok"] is False else value
 
     def bound(row: Row) -> str:
@@ -95,6 +95,24 @@ def by_size(rows: list[Row]) -> str:
     return _crosswise(shown, {"name": "row", "unit": "unit", "bound": "target"}, "size", cell)
 
 
+def by_length(rows: list[Row]) -> str:
+    """Return one line for each figure and encoder, one column for each length of the users."""
+    shown = [
+        row
+        | {"encoder": f"{row['variant']}, {row['num_parameters'] / 1e6:.2f} M weights", "at": f"{row['length']} tokens"}
+        for row in rows
+    ]
+    return _crosswise(
+        shown, {"what": "row", "unit": "unit", "encoder": "encoder"}, "at", lambda row: _value(row["value"])
+    )
+
+
+def _value(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"
+
+
 def _line(cells: Iterable[str]) -> str:
     return "| " + " | ".join(cells) + " |"
 
@@ -102,7 +120,7 @@ def _line(cells: Iterable[str]) -> str:
 def table(rows: list[Row]) -> str:
     """Return the machine and date of a benchmark file and its rows as Markdown."""
     first = rows[0]
-    kinds = {"arch": compiled, "gpu": predicted, "num_events": by_size}
+    kinds = {"arch": compiled, "gpu": predicted, "num_events": by_size, "variant": by_length}
     made = next((kinds[key] for key in kinds if key in first), measured)
     where = "" if made is predicted else f"Machine: {first['machine']}; {first['date']}.\n\n"
     return f"{where}{made(rows)}\n"
@@ -189,7 +207,34 @@ def sizes_plot(rows: list[Row]) -> bytes:
     return stream.getvalue()
 
 
+def encoders_plot(rows: list[Row]) -> bytes:
+    """Return milliseconds and peak memory of a training step and of inference against length, a line a variant."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8.4, 6.4), dpi=80, layout="constrained")
+    FigureCanvasAgg(figure)
+    panels = ("training step", "inference", "training step, peak memory", "inference, peak memory")
+    for axis, what in zip(figure.subplots(2, 2, sharex=True).flat, panels, strict=True):
+        drawn = [row for row in rows if row["what"] == what]
+        for variant, marker in zip(dict.fromkeys(row["variant"] for row in drawn), "osD^", strict=False):
+            points = [(row["length"], row["value"]) for row in drawn if row["variant"] == variant]
+            axis.semilogx(*zip(*points, strict=True), marker=marker, label=variant)
+        lengths = sorted({row["length"] for row in drawn})
+        axis.set_xticks(lengths, [str(length) for length in lengths])
+        axis.set_xticks([], minor=True)
+        axis.set_ylim(bottom=0)
+        axis.set(title=what, xlabel="tokens a user", ylabel=drawn[0]["unit"])
+        axis.grid(visible=True, alpha=0.3)
+    figure.axes[0].legend()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
 if __name__ == "__main__":
+    if (HERE / "encoders.json").is_file():
+        ENCODERS_PLOT.write_bytes(encoders_plot(rows_of("encoders.json")))
     SIZES_PLOT.write_bytes(sizes_plot(rows_of("ingest.json")))
     timed = json.loads((HERE / "attention.json").read_text(encoding="utf-8"))
     if times_by_length(timed):

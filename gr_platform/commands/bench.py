@@ -18,7 +18,8 @@ from gr_platform.errors import UserError
 BENCHES = {
     "attention": ("kernels.bench:attention", "attention and sampled softmax against what they replace (2 min)"),
     "kernels": ("kernels.bench:kernels", "predicted time of every kernel on GPUs; --aot: compiled for them instead"),
-    "step": ("gr_platform.training.bench:run", "an ML-1M training step, its parts, and the same elsewhere (2 min)"),
+    "train": ("gr_platform.training.bench_train:run", "ML-1M training: steps here and elsewhere, memory (5 min)"),
+    "encoders": ("gr_platform.training.bench_encoders:run", "HSTU against Transformer++ by length (4 min)"),
     "memory": ("kernels.bench:memory", "what a layer keeps for its backward, against a Transformer layer"),
     "ingest": ("gr_platform.events.bench:run", "a log to sequences, stage by stage, against a bare sort (1 min)"),
     "reader": ("gr_platform.sequences.bench:run", "training batches a second from warm files (1 min)"),
@@ -86,9 +87,12 @@ def worst(rows: list[Row]) -> list[Row]:
 
 
 def reaches_target(row: Row) -> bool | None:
-    """Return whether a row reaches its target; `"at_most": True` in a row turns the comparison round."""
-    if row["target"] is None:
-        return None
+    """Return whether a row reaches its target; `"at_most": True` in a row turns the comparison round.
+
+    A row without a value says itself: False where the target was missed, None where nothing was measured.
+    """
+    if row["target"] is None or row["value"] is None:
+        return row.get("ok")
     return row["value"] <= row["target"] if row.get("at_most") else row["value"] >= row["target"]
 
 

@@ -18,6 +18,7 @@ SHOWN_FIGURES = 4
 QUARANTINED = "quarantined_"
 ORDER = "ordered by the mean of the probabilities"
 QUARANTINE_FILES = "rows and rules: events/<data set>/ingest_date=*/*/quarantine-0.parquet in the state folder"
+SLICES = {"history_length": "events known", "item_popularity": "events of the item", "user_age": "days known"}
 
 
 class StageLines:
@@ -76,18 +77,72 @@ def answer_table(title: str, answer: UserAnswer, tasks: Sequence[str]) -> Table:
 
 
 def quality_table(facts: Mapping[str, Any]) -> Table:
-    """Return the evaluation's key figures: the model beside popularity, then NE and AUC a task."""
+    """Return the evaluation's key figures: the model beside what counting gives, then NE and AUC a task."""
     grid = Table(title="Quality on the held-out last events", title_justify="left")
-    for column in ("", "HSTU", "popularity"):
+    for column in ("", "HSTU", "co-occurrence", "popularity"):
         grid.add_column(column, justify="left" if not column else "right")
     for name, label in (("hr_at_10", "HR@10"), ("ndcg_at_10", "NDCG@10"), ("mrr", "MRR")):
-        grid.add_row(label, f"{facts['retrieval'][name]:.4f}", f"{facts['popularity'][name]:.4f}")
+        grid.add_row(label, *(f"{facts[part][name]:.4f}" for part in ("retrieval", "cooccurrence", "popularity")))
     for task, figures in facts["ranking"].items():
         # By definition what the base rate of the task scores, nothing measured.
         grid.add_row(
-            escape(f"{task}: NE, AUC"), f"{_number(figures['ne'])}, {_number(figures['auc'])}", "base rate: 1, 0.5"
+            escape(f"{task}: NE, AUC"), f"{_number(figures['ne'])}, {_number(figures['auc'])}", "", "base rate: 1, 0.5"
         )
     return grid
+
+
+def ranks_table(title: str, facts: Mapping[str, Any]) -> Table:
+    """Return an evaluation's rank figures: the model as served, with the paper's sliding window, and the baselines."""
+    names = {"hr_at_10": "HR@10", "hr_at_50": "HR@50", "hr_at_200": "HR@200"}
+    names |= {"ndcg_at_10": "NDCG@10", "ndcg_at_200": "NDCG@200", "mrr": "MRR"}
+    rows = {"retrieval": "as served", "retrieval_chunk_1": "chunk 1"}
+    rows |= {"popularity": "popularity", "cooccurrence": "co-occurrence"}
+    grid = _figures_table(title, "", names.values())
+    for key, label in rows.items():
+        if key in facts:
+            grid.add_row(label, *(_figure(facts[key].get(name)) for name in names))
+    return grid
+
+
+def slices_table(slices: Sequence[Mapping[str, Any]]) -> Table:
+    """Return rank figures by history length, item popularity and user age."""
+    grid = _figures_table("", "slice", ("bin", "from", "to", "users", "HR@10", "NDCG@10"))
+    for part in slices:
+        bounds = (f"{part[name]:,.1f}".removesuffix(".0") for name in ("lower", "upper"))
+        figures = (_figure(part["hr_at_10"]), _figure(part["ndcg_at_10"]))
+        grid.add_row(SLICES[part["slice"]], part["bin"], *bounds, f"{part['num_users']:,}", *figures)
+    return grid
+
+
+def tasks_table(title: str, tasks: Mapping[str, Mapping[str, Any]]) -> Table:
+    """Return an evaluation's ranking figures, a line a task."""
+    names = {"ne": "NE", "log_loss": "log loss", "auc": "AUC", "gauc": "GAUC", "calibration": "calibration"}
+    grid = _figures_table(title, "task", (*names.values(), "base rate"))
+    for task, figures in tasks.items():
+        grid.add_row(escape(task), *(_figure(figures.get(name)) for name in (*names, "base_rate")))
+    return grid
+
+
+def comparison_table(found: Mapping[str, Any]) -> Table:
+    """Return two runs beside each other: figures, difference, interval, p value."""
+    title = f"{found['a']} ({found['recipe_a']}) against {found['b']} ({found['recipe_b']})"
+    grid = _figures_table(title, "figure", ("first", "second", "difference", "low", "high", "p"))
+    for line in found["differences"]:
+        signed = (f"{line[name]:+.4f}" for name in ("difference", "low", "high"))
+        grid.add_row(escape(line["figure"]), _figure(line["a"]), _figure(line["b"]), *signed, f"{line['p_value']:.3g}")
+    return grid
+
+
+def _figures_table(title: str, first: str, columns: Iterable[str]) -> Table:
+    grid = Table(title=escape(title) or None, title_justify="left")
+    grid.add_column(first)
+    for column in columns:
+        grid.add_column(column, justify="right")
+    return grid
+
+
+def _figure(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
@@ -97,8 +152,10 @@ def bench_table(rows: Sequence[Mapping[str, Any]]) -> Table:
         grid.add_column(column, justify="right" if column in ("value", "target") else "left")
     for row in rows:
         ok = {True: "yes", False: "[red]no[/]", None: "-"}[row["ok"]]
-        target = "-" if row["target"] is None else f"{row['target']:g}"
-        texts = (row["name"], f"{row['value']:.4g}", row["unit"], row["against"] or "-", target)
+        value, target = (
+            "-" if row[key] is None else f"{row[key]:{digits}}" for key, digits in (("value", ".4g"), ("target", "g"))
+        )
+        texts = (row["name"], value, row["unit"], row["against"] or "-", target)
         grid.add_row(*(escape(text) for text in texts), ok)
     return grid
 

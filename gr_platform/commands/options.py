@@ -5,7 +5,7 @@ Invariant: only typer is imported, since every command begins here.
 
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -20,6 +20,8 @@ AS = (
     "log: events; item-features: what holds of items from a time on (item, time, properties); user-features: slow "
     "series of users (user, time, properties). The last two go to a data set that is there."
 )
+RUN = "A trained model: its folder, name in MLflow or first digits; retrieval_model: the current one"
+SCALES = "smoke: the same on small simulated data, in minutes."
 ITEMS = "Item ids, separated by commas (one with a comma in double quotes)."
 
 
@@ -35,7 +37,7 @@ ShowVersion = Annotated[
 Dataset = Annotated[str | None, typer.Option(help=ACTIVE)]
 ImportAs = Annotated[str, typer.Option("--as", help=AS)]
 NewDataset = Annotated[str | None, typer.Option(help=GIVEN)]
-Recipe = Annotated[str, typer.Option(help="tiny, small or ml_1m; auto picks one for the data set.")]
+Recipe = Annotated[str, typer.Option(help="One of gr recipes; auto picks one for the data set.")]
 Format = Annotated[str, typer.Option(help="auto, csv, jsonl, parquet or movielens.")]
 UserColumn = Annotated[str | None, typer.Option(help="Column of the user's id.")]
 ItemColumn = Annotated[str | None, typer.Option(help="Column of the item's id.")]
@@ -57,6 +59,19 @@ Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 User = Annotated[str, typer.Option(help="A user of the served data set.")]
 Items = Annotated[str, typer.Option(help=ITEMS)]
 RequestTime = Annotated[int | None, typer.Option(help="Time of the request, ms UTC; default: that of the last event.")]
+Kind = Annotated[Literal["retrieval", "ranking", "both"], typer.Option(help="Which model.")]
+TrainingSeed = Annotated[int | None, typer.Option(help="Seed of weights and draws; default: the recipe's.", min=0)]
+Processes = Annotated[int, typer.Option(help="Processes that share each step (torchrun).", min=1)]
+WarmStart = Annotated[str | None, typer.Option(help="Run whose weights to start from; items may be added since.")]
+OneRun = Annotated[str | None, typer.Argument(metavar="[RUN]", help=f"{RUN}; default: the current models.")]
+FirstRun = Annotated[str, typer.Argument(metavar="RUN", help=f"{RUN}.")]
+SecondRun = Annotated[str, typer.Argument(metavar="RUN", help="The run to compare it with.")]
+ExperimentName = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Experiment; default: list them.")]
+Cells = Annotated[list[str] | None, typer.Option(help="Cell to run (repeat for more); default: all.")]
+ListCells = Annotated[bool, typer.Option("--list", help="List the cells and what they cost; run nothing.")]
+DataFolder = Annotated[Path | None, typer.Option(help="Folder of the public data sets, for those not imported yet.")]
+Scale = Annotated[Literal["full", "smoke"], typer.Option(help=SCALES)]
+ReportFile = Annotated[Path | None, typer.Option(help="Also write the report to this file.")]
 GrpcPort = Annotated[int, typer.Option(help="Model server: gRPC.", min=1, max=MAX_PORT)]
 HttpPort = Annotated[int, typer.Option(help="Model server: HTTP.", min=1, max=MAX_PORT)]
 MetricsPort = Annotated[int, typer.Option(help="Model server: metrics.", min=1, max=MAX_PORT)]

@@ -53,7 +53,7 @@ def materialize(
     from gr_platform.definitions import FULL_PIPELINE, defs
 
     job = defs.resolve_job_def(FULL_PIPELINE)
-    known = sorted(key.to_user_string() for key in defs.resolve_asset_graph().get_all_asset_keys())
+    known = sorted(key.to_user_string() for key in job.asset_layer.selected_asset_keys)
     if unknown := [name for name in select if name not in known]:
         raise UserError(f"there is no asset {', '.join(unknown)}; choose among {', '.join(known)}")
     chosen = list(select) or known

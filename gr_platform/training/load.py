@@ -5,6 +5,7 @@ Invariant: the folder alone gives the model back; nothing is unpickled.
 
 import json
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from gr_platform.errors import UserError
 from gr_platform.models.build import Model, build_model
 from gr_platform.models.config import Recipe
+from gr_platform.models.features import FeatureTables
 from gr_platform.storage import write_text
 from gr_platform.training.checkpoint import State
 
@@ -20,30 +22,34 @@ RECIPE = "recipe.json"
 
 
 def save_model(
-    folder: Path, recipe: Recipe, state: State, *, num_rows: int, num_actions: int, tasks: list[str]
+    folder: Path, recipe: Recipe, state: State, *, vocabulary: str, num_rows: int, num_actions: int, tasks: list[str]
 ) -> None:
-    """Write model.safetensors and recipe.json (the recipe plus `shape`: num_rows, num_actions, tasks)."""
+    """Write model.safetensors and recipe.json: the recipe, `shape` (num_rows, num_actions, tasks) and `vocabulary`, the
+    digest of the items that the rows are of."""
     shape = {"num_rows": num_rows, "num_actions": num_actions, "tasks": tasks}
     save_file(state, folder / WEIGHTS)
-    write_text(folder / RECIPE, json.dumps(recipe.to_json() | {"shape": shape}, indent=1) + "\n")
+    fields = recipe.to_json() | {"shape": shape, "vocabulary": vocabulary}
+    write_text(folder / RECIPE, json.dumps(fields, indent=1) + "\n")
 
 
 def load_model(folder: Path) -> Model:
     """Return the model of a run folder in eval mode. Raises UserError if a file is missing, damaged or does not fit."""
-    fields = _fields(folder)
-    recipe = Recipe.from_json(fields)
-    model = build_model(recipe.model, **fields["shape"])
+    fields = read_run(folder)
+    config = Recipe.from_json(fields).model
     try:
-        model.load_state_dict(load_file(folder / WEIGHTS))
-    except (FileNotFoundError, SafetensorError, RuntimeError) as error:
+        state = load_file(folder / WEIGHTS)
+        model = build_model(config, **fields["shape"], features=FeatureTables.of_state(config, state))
+        model.load_state_dict(state)
+    except (FileNotFoundError, SafetensorError, RuntimeError, KeyError) as error:
         reason = str(error).splitlines()[0] if not isinstance(error, FileNotFoundError) else "it is missing"
         raise UserError(f"cannot use {folder.name}/{WEIGHTS} ({reason}); train the model again") from None
     return model.eval()
 
 
-def _fields(folder: Path) -> dict:
+def read_run(folder: Path) -> dict[str, Any]:
+    """Return what `save_model` wrote beside the weights. Raises UserError if it is missing or damaged."""
     try:
-        fields: dict = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
+        fields: dict[str, Any] = json.loads((folder / RECIPE).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise UserError(f"{folder.name} holds no {RECIPE}, so it is no trained model; train it again") from None
     except json.JSONDecodeError as error:

@@ -3,7 +3,7 @@
 Invariant: all users form one batch, so an epoch is a step; what the data loader does before it is not counted.
 
     python3 -m venv PEERS && PEERS/bin/pip install torch==2.13.0 "rectools[torch]==0.19.0"
-    GR_PEERS=PEERS gr bench step
+    GR_PEERS=PEERS gr bench train
 """
 
 import json

@@ -3,10 +3,12 @@
 import subprocess
 import sys
 
+import dagster as dg
 import pytest
 
 from assets.materialization import MAX_PLOT_BYTES, picture, preview_of, table
 from gr_platform.definitions import defs
+from gr_platform.experiments.catalogue import experiments
 
 DEPENDENCIES = {
     "events": set(),
@@ -48,9 +50,24 @@ def test_assets_checks_and_jobs_are_these() -> None:
         key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
         for key in graph.get_all_asset_keys()
     }
-    assert found == DEPENDENCIES
+    cells = {f"{name}_cells": set() for name in experiments()}
+    reports = {f"{name}_report": {f"{name}_cells"} for name in experiments()}
+    assert found == DEPENDENCIES | cells | reports | {"compute_against_quality": set(reports)}
     assert {(key.asset_key.to_user_string(), key.name) for key in graph.asset_check_keys} == CHECKS
     assert [job.name for job in defs.resolve_all_job_defs() if not job.name.startswith("__")] == ["full_pipeline"]
+
+
+def test_the_full_pipeline_runs_no_experiment() -> None:
+    chosen = defs.resolve_job_def("full_pipeline").asset_layer.selected_asset_keys
+    assert {key.to_user_string() for key in chosen} == set(DEPENDENCIES)
+
+
+def test_every_cell_of_an_experiment_is_a_partition_of_its_asset() -> None:
+    graph = defs.resolve_asset_graph()
+    for name, experiment in experiments().items():
+        partitions = graph.get(dg.AssetKey(f"{name}_cells")).partitions_def
+        assert partitions is not None
+        assert list(partitions.get_partition_keys()) == [cell.name for cell in experiment.cells]
 
 
 def test_loading_the_code_location_imports_neither_torch_nor_mlflow() -> None:

@@ -6,8 +6,9 @@ import torch
 from gr_platform.models.build import build_model
 from gr_platform.models.recipes import tiny
 from gr_platform.training.batches import training_batch, training_reader
-from gr_platform.training.loop import adamw, training_users
 from gr_platform.training.objectives import objective_of
+from gr_platform.training.optim import Optimizer
+from gr_platform.training.phases import training_users
 
 NUM_STEPS = 50
 
@@ -24,17 +25,16 @@ def loss_curve(dataset, recipe, backend):
     ).train()
     model.encoder.backend = backend
     assert {layer.backend for layer in model.encoder.layers} == {backend}
-    optimizer, objective = adamw(model, recipe.training), objective_of(dataset, recipe)
+    optimizer, objective = Optimizer(model, recipe.training), objective_of(dataset, recipe)
     reader = training_reader(dataset, *training_users(dataset), recipe)
     losses = []
     while len(losses) < NUM_STEPS:
         for batch in reader.read(len(losses)):
             total, count = objective.loss(model, training_batch(batch), len(losses))
-            loss = total / count
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            losses.append(float(loss.detach()))
+            optimizer.zero_grad()
+            total.backward()
+            optimizer.step(count)
+            losses.append(float(total.detach()) / count)
     return torch.tensor(losses[:NUM_STEPS], dtype=torch.float64)
 
 

@@ -6,9 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from gr_platform.errors import UserError
 from gr_platform.models.batch import EventBatch
 from gr_platform.models.build import build_model
 from gr_platform.models.config import Recipe, StochasticLength
@@ -16,7 +14,8 @@ from gr_platform.models.recipes import tiny
 from gr_platform.models.tokens import ACTION, ITEM, START, ranking_tokens, retrieval_tokens
 from gr_platform.sequences.reader import thinned
 from gr_platform.training.batches import request_batch, training_batch, training_reader
-from gr_platform.training.loop import train, training_users
+from gr_platform.training.loop import train
+from gr_platform.training.phases import training_users
 from kernels import JaggedTimes, sampled_softmax
 
 KINDS = ["retrieval", "ranking"]
@@ -148,32 +147,18 @@ def test_the_start_token_keeps_its_time_and_positions_count_kept_tokens(dataset,
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_thinned_run_that_was_killed_ends_with_the_weights_of_an_uninterrupted_one(cycle_dataset, tmp_path, kind):
-    recipe = thinning(kind, alpha=1.1).with_training(max_epochs=3)
+def test_every_epoch_of_a_thinned_run_draws_anew(cycle_dataset, tmp_path, kind):
+    recipe = thinning(kind, alpha=1.1).with_training(max_epochs=3, patience=9)
     recipe = replace(recipe, model=replace(recipe.model, max_events=10))
-    train(cycle_dataset, recipe, tmp_path / "whole", progress=False)
-    folder = tmp_path / "checkpoint"
-    train(cycle_dataset, recipe.with_training(max_epochs=1), tmp_path / "part", checkpoint=folder, progress=False)
-    train(cycle_dataset, recipe, tmp_path / "resumed", checkpoint=folder, progress=False)
-    weights = [load_file(tmp_path / name / "model.safetensors") for name in ("whole", "resumed")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+    train(cycle_dataset, recipe, tmp_path / "thin", progress=False)
     train(cycle_dataset, recipe.with_training(stochastic_length=StochasticLength()), tmp_path / "off", progress=False)
     thin, off = (
         [epoch["tokens"] for epoch in json.loads((tmp_path / name / "curves.json").read_text())]
-        for name in ("whole", "off")
+        for name in ("thin", "off")
     )
     assert len(set(off)) == 1
-    assert len(set(thin)) == 3  # another draw in every epoch
+    assert len(set(thin)) == 3
     assert max(thin) < off[0]
-
-
-def test_a_checkpoint_of_other_settings_is_refused(cycle_dataset, tmp_path):
-    folder = tmp_path / "checkpoint"
-    recipe = thinning("retrieval").with_training(max_epochs=1)
-    train(cycle_dataset, recipe, tmp_path / "run", checkpoint=folder, progress=False)
-    thin = recipe.with_training(max_epochs=2, stochastic_length=StochasticLength(alpha=1.5))
-    with pytest.raises(UserError, match="other sequences, users or batch settings"):
-        train(cycle_dataset, thin, tmp_path / "other", checkpoint=folder, progress=False)
 
 
 def test_evaluation_never_thins(dataset):

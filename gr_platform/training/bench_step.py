@@ -1,4 +1,4 @@
-"""What one training step of the paper's two ML-1M recipes costs on this machine, part by part and against others.
+"""One training step of the paper's two ML-1M shapes as `gr bench train` times it, whole and part by part.
 
 Invariant: every side trains on one batch, made up with ML-1M's figures, so no data file is needed: 128 users whose
 lengths are ML-1M's (median 96, cut to 20..200: 13.9 k tokens), 3,706 items, 128 negatives drawn for each token.
@@ -6,16 +6,11 @@ lengths are ML-1M's (median 96, cut to 20..200: 13.9 k tokens), 3,706 items, 128
 Legend: T tokens that have a target, M negatives of each, d width.
 """
 
-import json
-import os
 import statistics
-import subprocess
-import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -24,35 +19,33 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from gr_platform import settings
 from gr_platform.models.batch import EventBatch, History
 from gr_platform.models.build import build_encoder
 from gr_platform.models.config import ModelConfig, TrainingConfig
 from gr_platform.models.encoder import Encoder
-from gr_platform.models.recipes import ml_1m
 from gr_platform.models.retrieval import RetrievalModel
 from gr_platform.sequences.vocabulary import NUM_OOV
-from gr_platform.training.loop import adamw
-from gr_platform.training.memory import KEEP_MEMORY, keep_freed_memory
+from gr_platform.training.flops import step_flops
 from gr_platform.training.negatives import uniform_negatives
+from gr_platform.training.optim import Optimizer
 from gr_platform.training.seeds import generator, torch_seed
 from kernels.hstu_attention import cpu as attention_cpu
+from kernels.hstu_attention.bench import peak_gflops
 from kernels.norm_gate import cpu as gate_cpu
 from kernels.sampled_softmax import cpu as softmax_cpu
 from kernels.uvqk import cpu as uvqk_cpu
 
 Row = dict[str, Any]
-SHAPE = ml_1m("retrieval").model
-RECIPES: dict[str, ModelConfig] = {
-    "HSTU": SHAPE,
-    "HSTU-large": replace(SHAPE, num_layers=8, num_heads=2, qk_dim=25, v_dim=25),
-}
+MEDIAN_LENGTH, MIN_LENGTH, MAX_LENGTH = 96, 20, 200
+# The paper's, whatever the recipes of these names become.
+HSTU = ModelConfig(
+    kind="retrieval", embedding_dim=50, num_layers=2, num_heads=1, qk_dim=50, v_dim=50, max_events=MAX_LENGTH
+)
+SHAPES = {"HSTU": HSTU, "HSTU-large": replace(HSTU, num_layers=8, num_heads=2, qk_dim=25, v_dim=25)}
 TRAINING = TrainingConfig(batch_size=128, num_negatives=128, negatives="per_token")
 NUM_ITEMS, NUM_ACTIONS, FIRST_ITEM = 3_706, 5, 1 + NUM_OOV
-MEDIAN_LENGTH, MIN_LENGTH, MAX_LENGTH = 96, 20, 200
 START_MS, GAP_S = 956_703_932_000, 20.0
-WARM_UP, REPEATS, SHARE_REPEATS, PLAIN_REPEATS, PEER_REPEATS = 2, 9, 3, 3, 3
-PEER_DEADLINE_S = 600
+WARM_UP, REPEATS, SHARE_REPEATS, PLAIN_REPEATS = 2, 9, 3, 3
 BATCH, ENCODER, LOSS = "batch, negatives, time buckets", "encoder forward", "loss forward"
 BACKWARD, OPTIMIZER = "backward", "optimizer"
 # Share of a step -> module and functions behind the registered ops. A profiler would slow the ones of many small calls.
@@ -122,11 +115,18 @@ class Step:
     """One recipe's training step as `Epoch` does it."""
 
     def __init__(self, model: RetrievalModel) -> None:
-        self.model, self.optimizer, self.laps = model.train(), adamw(model, TRAINING), Laps()
+        self.model, self.optimizer, self.laps = model.train(), Optimizer(model, TRAINING), Laps()
         self.histories, self.request_times = histories()
         self.num_targets = sum(len(items) for items, _, _ in self.histories)
         model.embedding.register_forward_pre_hook(lambda *_: self.laps(BATCH))
         model.encoder.register_forward_hook(lambda *_: self.laps(ENCODER))
+
+    @property
+    def flops(self) -> float:
+        """FLOPs of a step."""
+        lengths = np.array([1 + len(items) for items, _, _ in self.histories])
+        num_outputs = 1 + TRAINING.num_negatives
+        return step_flops(self.model.config, lengths, num_targets=self.num_targets, num_outputs=num_outputs)
 
     @property
     def num_tokens(self) -> int:
@@ -145,14 +145,13 @@ class Step:
             step=index,
             num_targets=self.num_targets,
         )
-        total, num_targets = self.model.loss(batch, negatives=negatives, positive_mask=(1 << NUM_ACTIONS) - 1)
-        loss = total / num_targets
-        value = float(loss.detach())
+        loss, num_targets = self.model.loss(batch, negatives=negatives, positive_mask=(1 << NUM_ACTIONS) - 1)
+        value = float(loss.detach()) / num_targets
         self.laps(LOSS)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()
         loss.backward()
         self.laps(BACKWARD)
-        self.optimizer.step()
+        self.optimizer.step(num_targets)
         self.laps(OPTIMIZER)
         return value
 
@@ -201,88 +200,30 @@ def new_step(config: ModelConfig, kind: type[RetrievalModel] = RetrievalModel) -
     """Return the step of an untrained model."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(torch_seed(TRAINING.seed, "weights"))
-        shape = {"num_rows": FIRST_ITEM + NUM_ITEMS, "first_item": FIRST_ITEM, "num_actions": NUM_ACTIONS}
-        model = kind(config, build_encoder(config), **shape)
+        model = kind(
+            config,
+            build_encoder(config),
+            num_rows=FIRST_ITEM + NUM_ITEMS,
+            first_item=FIRST_ITEM,
+            num_actions=NUM_ACTIONS,
+        )
         return Step(model)
 
 
-def run(num_threads: int) -> list[Row]:
-    """Return rows {name, value, unit, against, target}: the ratios of this run, then the milliseconds behind them.
-
-    RecTools is timed where `GR_PEERS` names an environment that has it; without one its rows are left out.
-    Raises UserError if that folder is none, RuntimeError if the library fails in it.
-    """
-    torch.set_num_threads(num_threads)
-    keep_freed_memory()
-    found: list[Row] = []
-    for name, config in RECIPES.items():
-        step = new_step(config)
-        ours = step.milliseconds(WARM_UP, REPEATS)
-        plain_ms = new_step(config, PlainRetrieval).milliseconds(WARM_UP, PLAIN_REPEATS)[""]
-        sides: list[tuple[str, float, float | None]] = [("plain PyTorch", plain_ms, None)]
-        for kept, target in ((False, 4.0), (True, None)):
-            peer_ms = rectools_ms(config, num_threads, keep_memory=kept)
-            if peer_ms is not None:
-                sides.append(("RecTools with freed memory kept" if kept else "RecTools", peer_ms, target))
-        for side, ms, target in sides:
-            found.append(_row(f"{name} step: {side} / ours", ms / ours[""], "x", "same run") | {"target": target})
-        found += [_row(f"{name} step, {side}", ms, "ms") for side, ms, _ in sides]
-        found += rows(name, step, ours)
-    return found
-
-
 def rows(name: str, step: Step, ours: dict[str, float]) -> list[Row]:
-    """Return the rows of our own step: tokens a second, milliseconds of the parts, shares of the ops."""
-    found = [_row(f"{name} step, ours, tokens a second", 1e3 * step.num_tokens / ours[""], "1/s")]
-    found += [_row(f"{name} step, ours{_part(part)}", ms, "ms") for part, ms in ours.items()]
-    found += [_row(f"{name} step, share of {part}", share, "%", "its step") for part, share in step.shares().items()]
+    """Return the rows of our own step: tokens a second, share of the peak, milliseconds of parts, shares of ops."""
+    found = [row(f"{name} step, ours, tokens a second", 1e3 * step.num_tokens / ours[""], "1/s")]
+    utilisation = 100 * step.flops / (ours[""] / 1e3) / (1e9 * peak_gflops())
+    found.append(row(f"{name} step, ours, FLOPs utilisation", utilisation, "%", "torch.mm"))
+    found += [row(f"{name} step, ours{_part(part)}", ms, "ms") for part, ms in ours.items()]
+    found += [row(f"{name} step, share of {part}", share, "%", "its step") for part, share in step.shares().items()]
     return found
+
+
+def row(name: str, value: float | None, unit: str, against: str | None = None, target: float | None = None) -> Row:
+    """Return a row of a benchmark; value None: nothing was measured, `against` says why."""
+    return {"name": name, "value": value, "unit": unit, "against": against, "target": target}
 
 
 def _part(name: str) -> str:
     return f": {name}" if name else ""
-
-
-def _row(name: str, value: float, unit: str, against: str | None = None) -> Row:
-    return {"name": name, "value": value, "unit": unit, "against": against, "target": None}
-
-
-def rectools_ms(config: ModelConfig, num_threads: int, *, keep_memory: bool) -> float | None:
-    """Return the median milliseconds of RecTools' HSTU step on the same users, or None without its environment.
-
-    keep_memory: let its process keep freed memory, as ours does. Raises RuntimeError if it fails.
-    """
-    python = settings.peer_python()
-    if python is None:
-        return None
-    script = Path(__file__).with_name("rectools_step.py")
-    shape: dict[str, float] = {
-        "num_layers": config.num_layers,
-        "num_heads": config.num_heads,
-        "embedding_dim": config.embedding_dim,
-    }
-    shape |= {"dropout": config.dropout, "temperature": config.temperature, "max_length": MAX_LENGTH}
-    shape |= {"num_negatives": TRAINING.num_negatives, "learning_rate": TRAINING.learning_rate}
-    shape |= {"num_threads": num_threads, "num_steps": 1 + PEER_REPEATS}
-    environment = os.environ | (KEEP_MEMORY if keep_memory else {})
-    with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder) / "interactions.npz"
-        users, items, times = interactions()
-        np.savez(source, users=users, items=items, times=times)
-        command = [str(python), str(script), str(source), json.dumps(shape)]
-        done = subprocess.run(
-            command, cwd=folder, env=environment, capture_output=True, text=True, check=False, timeout=PEER_DEADLINE_S
-        )
-    if done.returncode:
-        raise RuntimeError(f"RecTools' step failed in the environment of GR_PEERS: {done.stderr.strip()[-400:]}")
-    seconds: list[float] = json.loads(done.stdout.strip().splitlines()[-1])
-    return 1e3 * statistics.median(seconds[1:])
-
-
-def interactions() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return users, items and times int64 of what a library reads that makes n - 1 targets of n interactions."""
-    made, requests = histories()
-    users = np.repeat(np.arange(len(made)), [len(items) + 1 for items, _, _ in made])
-    items = np.concatenate([np.append(items, items[:1]) for items, _, _ in made])
-    times = np.concatenate([np.append(times, at) for (_, _, times), at in zip(made, requests, strict=True)])
-    return users, items, times

@@ -1,0 +1,47 @@
+"""What `gr evaluate` and `gr compare` show; the judging itself is the library's, the same that the pipeline runs.
+
+Invariant: nothing is computed here; a figure that does not exist is a dash.
+"""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from gr_platform import settings, storage
+from gr_platform.commands import display
+
+
+def evaluate(home: Path, dataset: str | None, run: str | None, console: Console) -> None:
+    """Print the figures of a run, or of the current models, evaluating them first unless that is done.
+
+    Raises UserError if there is no such run, or it was trained on other sequences.
+    """
+    from gr_platform.evaluation.evaluate import evaluate_current, evaluate_run
+    from gr_platform.events.landing import active_dataset
+    from gr_platform.registry.names import run_folder
+
+    ds = dataset or settings.dataset() or active_dataset(home)
+    if run is None:
+        with storage.exclusive(home, "stages"):
+            facts, judged = evaluate_current(home, ds).manifest.facts, f"the current models of {ds}"
+    else:
+        folder = run_folder(home, ds, run)
+        facts, judged = evaluate_run(home, ds, folder).manifest.facts, folder.name
+    if "retrieval" in facts:
+        console.print(display.ranks_table(f"Retrieval, {judged}, on users' last events", facts))
+        console.print(display.slices_table(facts["slices"]))
+        console.print(f"{facts['num_users']:,} users, {facts['catalogue_size']:,} items ranked for each")
+    if "ranking" in facts:
+        console.print(display.tasks_table(f"Ranking, {judged}, on users' last events", facts["ranking"]))
+
+
+def compare(home: Path, dataset: str | None, first: str, second: str, console: Console) -> None:
+    """Print two runs beside each other, evaluating them first unless that is done. Raises UserError as the library."""
+    from gr_platform.evaluation.compare import compare_runs
+    from gr_platform.events.landing import active_dataset
+
+    ds = dataset or settings.dataset() or active_dataset(home)
+    found = compare_runs(home, ds, first, second)
+    console.print(display.comparison_table(found))
+    drawn = "interval of 95 % and p value by a bootstrap that draws the same users of both runs"
+    display.lines(console, [f"{found['num_targets']:,} targets; {drawn}"])

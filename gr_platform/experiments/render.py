@@ -1,0 +1,187 @@
+"""A report as Markdown and as a picture: what docs/results, the asset page and the tracker show.
+
+Invariant: made from the report alone, so a page made again from the same JSON file is the same.
+"""
+
+import io
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from gr_platform.experiments.report import Report, by_label, means
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+SHORT = 1e4
+
+
+def section(report: Report, picture: str = "") -> str:
+    """Return everything that is said of an experiment; `picture` is the address of its plot."""
+    parts = [f"**Question.** {report['question']}", f"**Protocol.** {report['protocol']}", provenance(report)]
+    parts += tables(report)
+    parts += report["derived"].get("lines", [])
+    if picture and report["rows"]:
+        parts.append(f"![{report['title']}]({picture})")
+    return "\n\n".join([*parts, shortfall(report)])
+
+
+def provenance(report: Report) -> str:
+    """Return the machines, dates, commits, seeds and the command of the rows in one paragraph."""
+    rows = report["rows"]
+    if not rows:
+        return f"No cell has run yet: `gr experiment {report['name']}`."
+
+    def every(values: Iterable[Any]) -> str:
+        return ", ".join(sorted({str(value) for value in values if value is not None})) or "none"
+
+    sequences = every(f"{row['dataset']} {row['sequences'][:12]}" for row in rows if row["dataset"])
+    commits = every(row["commit"][:10] for row in rows if row["commit"])
+    return (
+        f"`gr experiment {report['name']}`; machine: {every(row['machine'] for row in rows)}; "
+        f"date: {every(row['date'] for row in rows)}; commit: {commits}; "
+        f"seeds: {every(row['seed'] for row in rows)}; sequences: {sequences}. Digests stand in the JSON file."
+    )
+
+
+def tables(report: Report) -> list[str]:
+    """Return the tables of a report, one row a label: mean and standard deviation over seeds, then published rows."""
+    return [_table(report, table) for table in report["tables"]]
+
+
+def _table(report: Report, table: Mapping[str, Any]) -> str:
+    columns: dict[str, str] = table["columns"]
+    labels = by_label(report["rows"], table["group"])
+    lines = [_line(["", *columns.values(), "seeds"]), _line(["---", *("---:" for _ in columns), "---:"])]
+    for label, rows in labels.items():
+        cells = [cell_of(means(rows, figure)) for figure in columns]
+        lines.append(_line([label, *cells, str(len(rows))]))
+    for each in table["published"]:
+        cells = [number(each["figures"][name]) if name in each["figures"] else "" for name in columns]
+        lines.append(_line([f"*{each['label']}*", *cells, ""]))
+    title = f"**{table['title']}**\n\n" if table["title"] else ""
+    return title + "\n".join(lines)
+
+
+def shortfall(report: Report) -> str:
+    """Return which targets are missed, which are reached, and which cells are missing."""
+    said = []
+    for target in report["targets"]:
+        within = f" within {target['within']:g}" if target["within"] else ""
+        verdict = {True: "reached", False: "**missed**", None: "not measured yet"}[target["reached"]]
+        found = means(by_label(report["rows"], target["group"]).get(target["label"], []), target["figure"])
+        value = "" if found is None else f" ({cell_of(found)})"
+        said.append(f"- {target['label']}: {target['figure']} >= {target['value']:g}{within}: {verdict}{value}")
+    if report["missing"]:
+        said.append(f"- not run yet: {', '.join(report['missing'])}")
+    return "**What falls short.**\n\n" + (
+        "\n".join(said) if said else "- nothing that was set as a target; all cells ran"
+    )
+
+
+def cell_of(found: tuple[float, float | None, int] | None) -> str:
+    """Return a mean with its deviation as text."""
+    if found is None:
+        return "-"
+    mean, deviation, _ = found
+    return number(mean) + ("" if deviation is None else f" +- {number(deviation)}")
+
+
+def number(value: float) -> str:
+    """Return a figure as text: four decimals below ten, fewer above, powers of ten for the very large."""
+    if value == int(value) and abs(value) < SHORT:
+        return str(int(value))
+    if abs(value) < 10:
+        return f"{value:.4f}"
+    return f"{value:.1f}" if abs(value) < 1000 else f"{value:,.0f}" if abs(value) < 1e9 else f"{value:.3g}"
+
+
+def plot(report: Report) -> bytes:
+    """Return the report's picture as PNG below 50 KB."""
+    wanted = report["plot"]
+    shown = {"bars": _bars, "points": _points, "curves": _curves}[wanted["kind"]]
+    names = wanted["y"] if wanted["kind"] == "bars" else [wanted["y"][0]]
+
+    def draw(axes: list["Axes"]) -> None:
+        for axis, name in zip(axes, names, strict=True):
+            shown(axis, report, name)
+
+    return _png(draw, len(names))
+
+
+def _png(draw: Callable[[list["Axes"]], None], num_panels: int) -> bytes:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(max(7.2, 3.6 * num_panels), 3.2), dpi=80, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = [figure.add_subplot(1, num_panels, index + 1) for index in range(num_panels)]
+    draw(axes)
+    for axis in axes:
+        axis.grid(visible=True, alpha=0.3)
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
+def compute_plot(runs: Sequence[tuple[str, str, float, float]]) -> bytes:
+    """Return (data set, model, PFLOP/s-days, NDCG@10) of runs as PNG: a panel a data set, compute on a log axis."""
+    datasets = sorted({run[0] for run in runs})
+
+    def draw(axes: list["Axes"]) -> None:
+        for axis, dataset in zip(axes, datasets, strict=False):
+            mine = [run for run in runs if run[0] == dataset]
+            for model in sorted({run[1] for run in mine}):
+                points = [(x, y) for _, name, x, y in mine if name == model]
+                axis.semilogx(*zip(*points, strict=True), "o", label=model)
+            axis.set(title=dataset, xlabel="training compute, PFLOP/s-days", ylabel="NDCG@10")
+            axis.legend(fontsize=6)
+
+    return _png(draw, max(1, len(datasets)))
+
+
+def _bars(axis: "Axes", report: Report, name: str) -> None:
+    found = {label: means(rows, name) for label, rows in by_label(report["rows"], report["plot"]["group"]).items()}
+    shown = [(label, *value[:2]) for label, value in found.items() if value is not None]
+    labels, heights, deviations = zip(*shown, strict=True) if shown else ((), (), ())
+    axis.barh(range(len(labels)), heights, xerr=[each or 0.0 for each in deviations], height=0.6)
+    axis.set_yticks(range(len(labels)), labels)
+    axis.invert_yaxis()
+    axis.set_xlabel(name)
+
+
+def _points(axis: "Axes", report: Report, name: str) -> None:
+    wanted = report["plot"]
+    for label, rows in by_label(report["rows"], wanted["group"]).items():
+        both = [(row["figures"].get(wanted["x"]), row["figures"].get(name)) for row in rows]
+        shown = [(x, y) for x, y in both if x is not None and y is not None]
+        if shown:
+            axis.plot(*zip(*shown, strict=True), "o", label=label)
+    fit = report["derived"].get("fit")
+    xs = [row["figures"][wanted["x"]] for row in report["rows"] if row["figures"].get(wanted["x"]) is not None]
+    if fit and xs:
+        ends = (min(xs), max(xs))
+        axis.plot(ends, [fit["factor"] * x ** fit["exponent"] for x in ends], "k--", label="fitted power law")
+    _scales(axis, wanted, name)
+
+
+def _curves(axis: "Axes", report: Report, name: str) -> None:
+    wanted = report["plot"]
+    for label, rows in by_label(report["rows"], wanted["group"]).items():
+        shown = [(entry[wanted["x"]], entry[name]) for entry in rows[0].get("curve", []) if wanted["x"] in entry]
+        if shown:
+            axis.plot(*zip(*shown, strict=True), marker="o", markersize=3, label=label)
+    _scales(axis, wanted, name)
+
+
+def _scales(axis: "Axes", wanted: Mapping[str, Any], name: str) -> None:
+    axis.set(xlabel=wanted["x"], ylabel=name)
+    if wanted["log_x"]:
+        axis.set_xscale("log")
+    if wanted["log_y"]:
+        axis.set_yscale("log")
+    if axis.get_legend_handles_labels()[0]:
+        axis.legend(fontsize=7)
+
+
+def _line(cells: Iterable[str]) -> str:
+    return "| " + " | ".join(cells) + " |"

@@ -1,0 +1,93 @@
+"""A training in several processes, as the program that starts them sees it.
+
+Invariant: torchrun starts the processes and ends all of them when one ends badly; none is started again, since the next
+run goes on from the checkpoint. What a process has to say to the user it writes into the job's folder.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from gr_platform import settings, storage
+from gr_platform.errors import UserError
+from gr_platform.models.config import Recipe
+from gr_platform.training.ranks import LostProcess
+
+MODULE = "gr_platform.training.distributed"
+JOB, FAILURE = "job.json", "failure.txt"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One training of a data set in a state folder; warm_start: the name of the run's folder to start from."""
+
+    home: Path
+    ds: str
+    recipe: Recipe
+    warm_start: str | None = None
+    progress: bool = True
+
+    def write(self, folder: Path) -> None:
+        """Write the job into a folder, for the processes to read."""
+        fields = {"home": str(self.home), "recipe": self.recipe.to_json()}
+        fields |= {name: getattr(self, name) for name in ("ds", "warm_start", "progress")}
+        storage.write_text(folder / JOB, json.dumps(fields))
+
+    @staticmethod
+    def read(folder: Path) -> "Job":
+        """Return the job that `write` wrote."""
+        fields = storage.read_object(folder / JOB)
+        return Job(**fields | {"home": Path(fields["home"]), "recipe": Recipe.from_json(fields["recipe"])})
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """How to start the processes: a command and what it needs in its environment."""
+
+    command: list[str]
+    environment: dict[str, str]
+    folder: Path
+
+    def failed(self, code: int) -> UserError:
+        """Return the error that made the command end with this exit code."""
+        failure = self.folder / FAILURE
+        if failure.is_file():
+            return UserError(failure.read_text(encoding="utf-8"))
+        return LostProcess(
+            f"a training process ended before its time (torchrun's exit code is {code}); the last checkpoint is kept: "
+            "run the same command again to go on from it"
+        )
+
+
+@contextmanager
+def launching(job: Job, num_processes: int, module: str = MODULE) -> Iterator[Launch]:
+    """Yield how to run a job in processes that each execute `module` with the job's folder as argument."""
+    with tempfile.TemporaryDirectory(prefix="gr-train-") as name:
+        job.write(Path(name))
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        # With a shared store, keys of processes that are gone would meet those of new ones.
+        environment = {
+            "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
+            "OMP_NUM_THREADS": str(settings.num_threads()),
+        }
+        yield Launch([*torchrun, str(num_processes), "-m", module, name], environment, Path(name))
+
+
+def launch(job: Job, num_processes: int) -> None:
+    """Run a job in several processes. Raises UserError with what a process had to say, LostProcess if one is gone."""
+    with launching(job, num_processes) as started:
+        done = subprocess.run(started.command, env=os.environ | started.environment, check=False)
+        if done.returncode:
+            raise started.failed(done.returncode)
+
+
+def tell_failure(folder: Path, error: UserError) -> None:
+    """Leave a sentence for the program that started the processes; that another one is gone is never the reason."""
+    if not isinstance(error, LostProcess):
+        storage.write_text(folder / FAILURE, str(error))
