@@ -18,16 +18,21 @@ if TYPE_CHECKING:
 def learning_curve(curves: Sequence[Mapping[str, Any]]) -> bytes:
     """Return the training loss and each validation figure by epoch, one panel each, as PNG bytes.
 
-    curves: entries {"epoch", "loss", figure...} as training writes them; a None is left out.
+    curves: entries {"phase", "epoch", "loss", figure...} as training writes them; None is left out. A phase is a line.
     """
-    epochs = [entry["epoch"] for entry in curves]
-    names = [name for name in (curves[0] if curves else {}) if name not in ("epoch", "tokens", "num_targets")]
+    counted = ("phase", "epoch", "tokens", "num_targets")
+    names = [name for name in (curves[0] if curves else {}) if name not in counted]
+    phases = list(dict.fromkeys(entry.get("phase", "") for entry in curves))
 
     def draw(axes: list["Axes"]) -> None:
         for axis, name in zip(axes, names, strict=True):
-            values = [np.nan if entry.get(name) is None else entry[name] for entry in curves]
-            axis.plot(epochs, values, marker="o", markersize=3)
+            for phase in phases:
+                entries = [entry for entry in curves if entry.get("phase", "") == phase]
+                values = [np.nan if entry.get(name) is None else entry[name] for entry in entries]
+                axis.plot([entry["epoch"] for entry in entries], values, marker="o", markersize=3, label=phase)
             axis.set(title=name, xlabel="epoch")
+        if len(phases) > 1:
+            axes[0].legend(fontsize=6)
 
     return _png(draw, panels=len(names))
 
@@ -78,24 +83,6 @@ def calibration(tasks: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
         axes[0].legend()
 
     return _png(draw, panels=1)
-
-
-def compute_against_quality(runs: Sequence[Mapping[str, Any]], figure: str = "hr_at_10") -> bytes:
-    """Return training compute on a log axis against a figure, a labelled point a run, as PNG bytes.
-
-    runs: entries {"name", "train_flops", figure}; one without compute or figure is left out.
-    """
-    shown = [run for run in runs if run.get("train_flops") and run.get(figure) is not None]
-
-    def draw(axes: list["Axes"]) -> None:
-        axes[0].scatter([run["train_flops"] / 1e15 for run in shown], [run[figure] for run in shown], s=14)
-        for run in shown:
-            place = (run["train_flops"] / 1e15, run[figure])
-            axes[0].annotate(run["name"], place, fontsize=6, xytext=(3, 3), textcoords="offset points")
-        axes[0].set(xscale="log", xlabel="training compute, PFLOP", ylabel=figure)
-        axes[0].margins(x=0.2, y=0.1)
-
-    return _png(draw, panels=1, panel_width=6.4)
 
 
 def _short(value: float) -> str:

@@ -34,6 +34,7 @@ RETRIEVAL_FIGURES = {
     "popularity": "popularity",
     "cooccurrence": "cooccurrence",
 }
+COSTS = ("num_parameters", "seconds", "tokens_per_s", "train_flops", "pflops_days", "flops_utilisation")
 COMPARED = {"retrieval": "model", "cooccurrence": "co-occurrence", "popularity": "popularity"}
 
 
@@ -160,7 +161,7 @@ def _create_run(client: "MlflowClient", experiment: str, ds: str, folder: Path, 
     run_id = str(run.info.run_id)
     try:
         params = [Param(name, str(value)) for name, value in flatten(recipe.to_json()).items()]
-        client.log_batch(run_id, metrics=_curve_metrics(folder), params=params)
+        client.log_batch(run_id, metrics=[*_curve_metrics(folder), *_cost_metrics(model)], params=params)
         source = Dataset(name=ds, digest=sequences[:36], source_type="local", source=f'{{"sequences": "{sequences}"}}')
         client.log_inputs(run_id, [DatasetInput(source, [InputTag("mlflow.data.context", "training")])])
         _log_pictures(client, run_id, {"learning_curve": plots.learning_curve(_curves(folder))})
@@ -190,15 +191,23 @@ def _curves(folder: Path) -> list[dict[str, Any]]:
 
 
 def _curve_metrics(folder: Path) -> "list[Metric]":
+    """Return each epoch's figures; those of a second training after the choice of the epoch are named `refit_...`."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
     return [
-        Metric(name, float(value), now, int(row.get("epoch", position)))
-        for position, row in enumerate(_curves(folder))
+        Metric(f"refit_{name}" if row.get("phase") == "refit" else name, float(value), now, int(row["epoch"]))
+        for row in _curves(folder)
         for name, value in row.items()
         if name != "epoch" and isinstance(value, int | float)
     ]
+
+
+def _cost_metrics(model: storage.Manifest) -> "list[Metric]":
+    from mlflow.entities import Metric
+
+    now = int(time.time() * 1000)
+    return [Metric(name, float(model.facts[name]), now, 0) for name in COSTS if model.facts.get(name) is not None]
 
 
 def _log_pictures(client: "MlflowClient", run_id: str, pictures: Mapping[str, bytes]) -> None:

@@ -54,14 +54,14 @@ class Launch:
     environment: dict[str, str]
     folder: Path
 
-    def failed(self, code: int) -> UserError:
-        """Return the error that made the command end with this exit code."""
+    def failed(self) -> UserError:
+        """Return the error that made the command end badly."""
         failure = self.folder / FAILURE
         if failure.is_file():
             return UserError(failure.read_text(encoding="utf-8"))
         return LostProcess(
-            f"a training process ended before its time (torchrun's exit code is {code}); the last checkpoint is kept: "
-            "run the same command again to go on from it"
+            "a training process ended before its time; the last checkpoint is kept: run the same command again to go "
+            "on from it"
         )
 
 
@@ -84,7 +84,7 @@ def launch(job: Job, num_processes: int) -> None:
     with launching(job, num_processes) as started:
         done = subprocess.run(started.command, env=os.environ | started.environment, check=False)
         if done.returncode:
-            raise started.failed(done.returncode)
+            raise started.failed()
 
 
 def tell_failure(folder: Path, error: UserError) -> None:

@@ -8,7 +8,8 @@ chosen on the validation split; what a model is tested on is never read.
 import json
 import logging
 import shutil
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -96,19 +97,21 @@ def train_model(
     num_processes: int = 1,
     warm_start: str | None = None,
     progress: bool = True,
+    start: Callable[[Job, int], None] = launch,
 ) -> storage.Result:
     """Return the trained model of the data set's current sequences, training it unless that was done already.
 
-    `recipe` is a recipe or the name of one; warm_start: the name of a run's folder to start from. The result becomes
-    `runs/<ds>/<kind>_model.current`. A killed run resumes.
+    `recipe` is a recipe or the name of one; warm_start: the name of a run's folder to start from; start: what runs a
+    job in several processes. The result becomes `runs/<ds>/<kind>_model.current`. A killed run resumes.
     Raises UserError (unknown recipe, too little data, and as `train` does).
     """
     job = Job(home=home, ds=ds, recipe=named_recipe(recipe, kind), warm_start=warm_start, progress=progress)
-    if num_processes > 1 and _Task.of(job).found is None:
-        launch(job, num_processes)
+    launched = num_processes > 1 and _Task.of(job).found is None
+    if launched:
+        start(job, num_processes)
     result = train_share(job, Ranks.alone())
     assert result is not None
-    return result
+    return replace(result, reused=result.reused and not launched)
 
 
 def train_share(job: Job, ranks: Ranks) -> storage.Result | None:

@@ -8,14 +8,12 @@ def test_every_plot_is_a_png_below_50_kb():
     edges = {"lower": 0.0, "upper": 9.0, "hr_at_10": 0.2, "hr_at_10_error": None}
     bins = [{"slice": name, "bin": str(b), **edges} for name in ("history_length", "user_age") for b in range(5)]
     curve = [{"num_targets": 10, "predicted": p / 10, "observed": p / 12} for p in range(10)]
-    runs = [{"name": f"run {n}", "train_flops": 10.0**n, "hr_at_10": n / 40} for n in range(9, 20)]
     pictures = [
         plots.slices(bins),
         plots.slices([]),
         plots.calibration({"like": curve, "purchase": []}),
-        plots.compute_against_quality([*runs, {"name": "baseline", "hr_at_10": 0.1}]),
-        plots.compute_against_quality([]),
         plots.learning_curve(curves),
+        plots.learning_curve([{"phase": "validation"} | each for each in curves] + [{"phase": "refit", **curves[0]}]),
         plots.metric_bars(
             {"HSTU": {"hr_at_10": 0.3, "mrr": None}, "popularity": {"hr_at_10": 0.1}}, ["hr_at_10", "mrr"]
         ),

@@ -83,7 +83,7 @@ def test_an_unknown_name_is_refused_with_what_there_is(name):
 
 
 def test_auto_settles_on_the_recipe_of_the_data_set():
-    assert settled("auto", "ml-1m") == "ml_1m"
+    assert settled("auto", "ml-1m") == "ml_1m_quick"
     assert settled("auto", "of-our-own") == "small"
     assert settled("tiny", "ml-1m") == "tiny"
     require_recipe("auto")

@@ -80,7 +80,7 @@ def test_a_lost_process_is_named_and_the_last_checkpoint_stays(home, tmp_path):
             started.command, env=environment, capture_output=True, text=True, timeout=240, check=False
         )
         assert done.returncode != 0
-        error = started.failed(done.returncode)
+        error = started.failed()
     assert isinstance(error, LostProcess)
     assert "the last checkpoint is kept" in str(error)
     [left] = (home / "runs" / "cycle").glob(".checkpoint*")
@@ -97,9 +97,9 @@ def test_what_a_process_has_to_say_reaches_who_started_it(home):
     with launching(job, 2) as started:
         assert Job.read(started.folder) == job
         tell_failure(started.folder, LostProcess("the other one is gone"))
-        assert isinstance(started.failed(1), LostProcess)
+        assert isinstance(started.failed(), LostProcess)
         tell_failure(started.folder, UserError("the loss is nan"))
-        assert str(started.failed(1)) == "the loss is nan"
+        assert str(started.failed()) == "the loss is nan"
     assert not started.folder.exists()
 
 
