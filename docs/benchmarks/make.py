@@ -212,7 +212,7 @@ def encoders_plot(rows: list[Row]) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8.4, 6.4), dpi=80, layout="constrained")
+    figure = Figure(figsize=(8.4, 6.4), dpi=70, layout="constrained")
     FigureCanvasAgg(figure)
     panels = ("training step", "inference", "training step, peak memory", "inference, peak memory")
     for axis, what in zip(figure.subplots(2, 2, sharex=True).flat, panels, strict=True):
@@ -226,7 +226,7 @@ def encoders_plot(rows: list[Row]) -> bytes:
         axis.set_ylim(bottom=0)
         axis.set(title=what, xlabel="tokens a user", ylabel=drawn[0]["unit"])
         axis.grid(visible=True, alpha=0.3)
-    figure.axes[0].legend()
+    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()

@@ -103,7 +103,6 @@ def measure(variant: str, length: int, *, batch_tokens: int = BATCH_TOKENS, repe
     torch.set_num_threads(NUM_THREADS)
     torch.manual_seed(0)
     keep_freed_memory()
-    peak = peak_gflops()
     config = VARIANTS[variant]
     encoder = build_encoder(config)
     lengths = np.full(max(1, batch_tokens // length), length)
@@ -131,6 +130,7 @@ def measure(variant: str, length: int, *, batch_tokens: int = BATCH_TOKENS, repe
     infer_mb = peak_rss_bytes() / 1e6 - before_mb
     encoder.train()
     train_ms = _median_ms(train, repeats)
+    train_mb = peak_rss_bytes() / 1e6 - before_mb
     work = flops.work_of(lengths, len(x))
     step = flops.PER_STEP * flops.encoder_flops(config, work)
     return Measured(
@@ -140,10 +140,10 @@ def measure(variant: str, length: int, *, batch_tokens: int = BATCH_TOKENS, repe
         num_parameters=sum(weight.numel() for weight in encoder.parameters()),
         train_ms=train_ms,
         infer_ms=infer_ms,
-        train_mb=peak_rss_bytes() / 1e6 - before_mb,
+        train_mb=train_mb,
         infer_mb=infer_mb,
         train_flops=step,
-        flops_utilisation=step / (train_ms / 1e3) / (1e9 * peak),
+        flops_utilisation=step / (train_ms / 1e3) / (1e9 * peak_gflops()),
     )
 
 

@@ -9,6 +9,7 @@ Legend: n events, K tasks.
 import logging
 
 import numpy as np
+from scipy.special import expit
 
 from gr_platform.evaluation.metrics import log_loss
 from gr_platform.evaluation.protocols import judge_by_model
@@ -46,7 +47,7 @@ def fitted(labels: np.ndarray, logits: np.ndarray) -> tuple[float, float]:
     design = np.stack([x, np.ones_like(x)], axis=1)
     weights = np.array([1.0, 0.0])
     for _ in range(NEWTON_STEPS):
-        rate = 1.0 / (1.0 + np.exp(-(design @ weights)))
+        rate = expit(design @ weights)
         gradient = design.T @ (rate - labels) / len(x)
         curvature = (design.T * (rate * (1.0 - rate))) @ design / len(x) + 1e-12 * np.eye(2)
         step = np.linalg.solve(curvature, gradient)
