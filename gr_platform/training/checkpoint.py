@@ -71,9 +71,10 @@ class Saved:
     tensors: State
 
     def restore(self, model: torch.nn.Module, optimizer: Optimizer) -> Progress:
-        """Set model and optimiser to the saved state and return the progress."""
+        """Set model and optimiser to the saved state, which is then let go, and return the progress."""
         model.load_state_dict(_part(self.tensors, "model."))
         optimizer.load(_part(self.tensors, "optimizer."))
+        self.tensors.clear()
         return self.progress
 
 

@@ -98,7 +98,8 @@ class Epoch:
         """Take the epoch's steps from its batch number `first` on; a step is `accumulate` batches of each process."""
         training, ranks = self.recipe.training, self.ranks
         num_steps = math.ceil(self.reader.num_batches(epoch) / training.accumulate)
-        label = f"{self.recipe.model.kind} {done.phase} epoch {epoch + 1}/{training.max_epochs}"
+        last = training.max_epochs if done.phase == "validation" else done.best_epoch + 1
+        label = f"{self.recipe.model.kind} {done.phase} epoch {epoch + 1}/{last}"
         shown = {"desc": label, "leave": False, "disable": None if self.progress and ranks.first else True}
         model.train()
         before, begun = done.sums, time.monotonic()

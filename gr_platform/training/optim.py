@@ -131,10 +131,9 @@ class Optimizer:
             if slot == AVERAGE:
                 self.average[name].copy_(value)
                 continue
-            # A step count is a Python integer or a tensor in main memory, whatever the device of the weights.
-            counts = slot == "step"
-            moved = value.to(weight.device) if not counts else value if value.is_floating_point() else int(value)
-            part_of[id(weight)].state[weight][slot] = moved
+            # Rowwise AdamW counts its steps as a Python integer, AdamW as a tensor.
+            counts = slot == "step" and not value.is_floating_point()
+            part_of[id(weight)].state[weight][slot] = int(value) if counts else value.to(weight.device)
 
     def _swap(self) -> None:
         for name, mean in self.average.items():

@@ -81,6 +81,7 @@ class Run:
             "vocabulary": dataset.vocabulary.digest,
             "shape": self.shape,
             "num_processes": ranks.num_ranks,
+            "features": dataset.features_digest if isinstance(dataset, FeaturedDataset) else "",
             "warm_start": None if warm_start is None else warm_start.name,
         }
 
