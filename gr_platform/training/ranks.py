@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -41,8 +41,8 @@ class Ranks:
 
     @staticmethod
     def alone() -> "Ranks":
-        """Return the place of a process that trains by itself, on the GPU if there is one."""
-        return Ranks(device="cuda" if torch.cuda.is_available() else "cpu")
+        """Return the place of a process that trains by itself."""
+        return Ranks()
 
     @property
     def first(self) -> bool:
@@ -95,26 +95,15 @@ class Ranks:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Yield this process's place in the run that torchrun started: gloo on the CPU, nccl with a GPU for each process.
+    """Yield this process's place in the run that torchrun started, over gloo.
 
-    Raises UserError outside torchrun, or for more processes than GPUs.
+    Raises UserError outside torchrun.
     """
     if "LOCAL_RANK" not in os.environ:
         raise UserError("this module is run by torchrun; start it with python -m torch.distributed.run")
-    device, local = "cpu", int(os.environ["LOCAL_RANK"])
-    options: dict[str, Any] = {"backend": "gloo", "timeout": LONGEST_WAIT}
-    if torch.cuda.is_available():
-        if local >= torch.cuda.device_count():
-            raise UserError(
-                f"process {local} of this machine has no GPU, there are {torch.cuda.device_count()}; start fewer "
-                "processes"
-            )
-        device = f"cuda:{local}"
-        torch.cuda.set_device(device)
-        options |= {"backend": "nccl", "device_id": torch.device(device)}
-    dist.init_process_group(**options)
+    dist.init_process_group(backend="gloo", timeout=LONGEST_WAIT)
     try:
-        yield Ranks(rank=dist.get_rank(), num_ranks=dist.get_world_size(), device=device)
+        yield Ranks(rank=dist.get_rank(), num_ranks=dist.get_world_size())
     finally:
         dist.destroy_process_group()
 
