@@ -1,6 +1,7 @@
 """Fixtures that several packages share."""
 
 import importlib.util
+import os
 from pathlib import Path
 from types import ModuleType
 
@@ -11,6 +12,10 @@ import pytest
 import torch
 
 from gr_platform import settings
+
+# Read when a function of Triton's is decorated, those of its own library too, so before any test module imports it.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
 
 
 @pytest.fixture(scope="session")

@@ -55,6 +55,8 @@ def test_dagster_shows_the_materialised_graph(running: dict[str, services.Runnin
         page.goto(browser.lineage_url(address))
         for name in ASSETS.split():
             page.get_by_text(name, exact=True).first.wait_for(timeout=TIMEOUT_MS)
+        # The list holds only the rows that the window has room for.
+        page.set_viewport_size({"width": 1600, "height": 4000})
         page.goto(f"{address}/assets")
         page.get_by_text("sequences", exact=True).first.wait_for(timeout=TIMEOUT_MS)
         page.get_by_text("Materialized", exact=True).nth(9).wait_for(timeout=TIMEOUT_MS)

@@ -1,14 +1,9 @@
 """Triton's interpreter where there is no GPU, and buffers that show whoever reads them before writing."""
 
-import os
-
 import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-# Read when a kernel is decorated, so it must stand before any kernel is imported.
-if not HAS_GPU:
-    os.environ["TRITON_INTERPRET"] = "1"
 
 
 def pytest_collection_modifyitems(items):
