@@ -87,19 +87,9 @@ def ml_20m(kind: Kind) -> Recipe:
 
 def ml_20m_large(kind: Kind) -> Recipe:
     """Return the paper's ML-20M HSTU-large: width 256, 16 layers, eight heads of 32."""
-    return Recipe(
-        name="ml_20m_large",
-        model=ModelConfig(
-            kind=kind,
-            embedding_dim=256,
-            num_layers=16,
-            num_heads=8,
-            qk_dim=32,
-            v_dim=32,
-            max_events=100 if kind == "ranking" else 200,
-        ),
-        training=TrainingConfig(max_epochs=101, patience=6, num_negatives=128, negatives="per_token"),
-    )
+    base = ml_20m(kind)
+    model = replace(base.model, num_layers=16, num_heads=8, qk_dim=32, v_dim=32)
+    return replace(base, name="ml_20m_large", model=model)
 
 
 def books(kind: Kind) -> Recipe:
@@ -122,20 +112,9 @@ def books(kind: Kind) -> Recipe:
 
 def books_large(kind: Kind) -> Recipe:
     """Return the paper's Amazon Books HSTU-large: width 64, 16 layers, eight heads of 8."""
-    return Recipe(
-        name="books_large",
-        model=ModelConfig(
-            kind=kind,
-            embedding_dim=64,
-            num_layers=16,
-            num_heads=8,
-            qk_dim=8,
-            v_dim=8,
-            max_events=50,
-            dropout=0.5,
-        ),
-        training=TrainingConfig(max_epochs=201, patience=10, num_negatives=512, negatives="per_token"),
-    )
+    base = books(kind)
+    model = replace(base.model, num_layers=16, num_heads=8, qk_dim=8, v_dim=8)
+    return replace(base, name="books_large", model=model)
 
 
 def retailrocket(kind: Kind) -> Recipe:
