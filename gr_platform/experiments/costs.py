@@ -117,8 +117,6 @@ def encoder_efficiency() -> Experiment:
     }
     options = {
         "lengths": EFFICIENCY_LENGTHS,
-        "batch_tokens": 8192,
-        "repeats": 3,
         "own_process": True,
         "smoke": {"batch_tokens": 32, "repeats": 1, "own_process": False, "lengths": EFFICIENCY_LENGTHS[:1]},
     }
