@@ -80,7 +80,7 @@ def experiment(
     if name is None:
         say_each(experiments.overview(scale))
     elif list_cells:
-        say_each(experiments.listing(home, name, scale))
+        say_each(experiments.listing(home, name, json=json, scale=scale))
     else:
         say_each(experiments.run(home, name, cells=cell or (), data=data, json=json, scale=scale))
 

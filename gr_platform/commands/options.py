@@ -71,7 +71,7 @@ Cells = Annotated[list[str] | None, typer.Option(help="Cell to run (repeat for m
 ListCells = Annotated[bool, typer.Option("--list", help="List the cells and what they cost; run nothing.")]
 DataFolder = Annotated[Path | None, typer.Option(help="Folder of the public data sets, for those not imported yet.")]
 Scale = Annotated[Literal["full", "smoke"], typer.Option(help=SCALES)]
-ReportFile = Annotated[Path | None, typer.Option(help="Also write the report to this file.")]
+ReportFile = Annotated[Path | None, typer.Option(help="Also write the report here; cells in it are not run again.")]
 GrpcPort = Annotated[int, typer.Option(help="Model server: gRPC.", min=1, max=MAX_PORT)]
 HttpPort = Annotated[int, typer.Option(help="Model server: HTTP.", min=1, max=MAX_PORT)]
 MetricsPort = Annotated[int, typer.Option(help="Model server: metrics.", min=1, max=MAX_PORT)]

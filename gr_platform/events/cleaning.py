@@ -19,6 +19,7 @@ from tqdm import tqdm
 from gr_platform.events.database import literal, parquet_of, quoted
 from gr_platform.events.declaration import Declaration
 from gr_platform.events.event_files import Seen, write_files
+from gr_platform.events.quality import NO_TIME
 from gr_platform.events.repeats import mark_repeats, once
 
 QUARANTINE = "quarantine-0.parquet"
@@ -143,12 +144,14 @@ def _write_quarantine(connection: duckdb.DuckDBPyConnection, path: Path, *, any_
 def _write_items(connection: duckdb.DuckDBPyConnection, path: Path, files: list[Path]) -> int:
     """Write one row for each item and landed file, sorted by item and file; return the number of items.
 
-    Columns: item_id, source_file, count, first_ts, last_ts.
+    Columns: item_id, source_file, count, first_ts, last_ts. An item that only rows without a time name is an item all
+    the same, of which nothing is learned: its count is 0 and its times are NULL.
     """
     connection.execute(
-        "COPY (SELECT item_id, source_file, count(*) AS count, min(event_ts) AS first_ts, max(event_ts) AS last_ts "
-        f"FROM {parquet_of(files)} GROUP BY item_id, source_file ORDER BY item_id, source_file) "
-        f"TO {literal(str(path))} {_COPY}"
+        "COPY (SELECT item_id, source_file, count(event_ts) AS count, min(event_ts) AS first_ts, "
+        f"max(event_ts) AS last_ts FROM (SELECT item_id, source_file, event_ts FROM {parquet_of(files)} UNION ALL "
+        f"SELECT DISTINCT item_id, source_file, NULL::BIGINT FROM judged WHERE rule = {literal(NO_TIME)}) "
+        f"GROUP BY item_id, source_file ORDER BY item_id, source_file) TO {literal(str(path))} {_COPY}"
     )
     distinct = f"SELECT count(DISTINCT item_id) FROM {parquet_of([path])}"
     return int(connection.sql(distinct).fetchall()[0][0])

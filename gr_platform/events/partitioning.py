@@ -26,7 +26,7 @@ from gr_platform.events.partitions import PREFIX, event_files
 from gr_platform.events.quality import describe, judged_query
 
 log = logging.getLogger(__name__)
-CLEANING_VERSION = 2
+CLEANING_VERSION = 3
 # Written and spilled while rows are cleaned: 38 were measured at 100 M rows; small logs sort in memory.
 DISK_BYTES_PER_ROW = 50
 

@@ -16,13 +16,14 @@ def _only_where(condition: str, asked: str) -> str:
     return f"CASE WHEN {condition} THEN {asked} ELSE false END"
 
 
+NO_TIME = "null_time"
 # name -> (SQL that is true for a broken row, what it means)
 RULES: dict[str, tuple[str, str]] = {
     "null_user": (_only_where("user_id IS NULL", missing_sql("raw_user")), "no user id"),
     "invalid_user": ("user_id IS NULL", "a user id that is not of the data set's type"),
     "null_item": (_only_where("item_id IS NULL", missing_sql("raw_item")), "no item id"),
     "invalid_item": ("item_id IS NULL", "an item id that is not of the data set's type"),
-    "null_time": (_only_where("event_ts IS NULL", "coalesce(found_time::VARCHAR, '') = ''"), "no time"),
+    NO_TIME: (_only_where("event_ts IS NULL", "coalesce(found_time::VARCHAR, '') = ''"), "no time"),
     "invalid_time": ("event_ts IS NULL", "a time that cannot be read"),
     "time_before_1990": (f"event_ts < {EARLIEST_MS}", "a time before 1990"),
     "time_in_future": (f"event_ts > landed_at_ms + {DAY_MS}", "a time more than a day after the file was landed"),

@@ -55,8 +55,8 @@ def ml_1m() -> Experiment:
         name="ml_1m",
         title="MovieLens-1M",
         question="Does HSTU beat the sequence models before it on ML-1M, and do our figures reach the published ones?",
-        protocol=LAST_ITEM + " Items of the history are filtered. 6,040 users, 3,616 items: 90 films are named by "
-        "rows without a time alone.",
+        protocol=LAST_ITEM + " Items of the history are filtered. 6,040 users, 3,706 items: of 90 of "
+        "them only rows without a time are known, which nothing is learned of.",
         cells=(*counted(ds), *first, *once, *more),
         tables=(Table(columns=RANK_COLUMNS, published=PUBLISHED_ML_1M),),
         plot=Plot(kind="bars", y=("hr_at_10", "ndcg_at_10")),

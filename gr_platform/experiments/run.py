@@ -80,7 +80,7 @@ def run_cell(
     digest = data.prepare(home, cell.dataset, folder)
     spec = _spec(cell, digest, data.features_digest(home, cell.dataset, cell.recipe))
     parent = results(home)
-    name = storage.digest_of(spec)[:16]
+    name = _key(spec)
     with ExitStack() as held:
         try:
             held.enter_context(storage.exclusive(parent, f"cell-{name}"))
@@ -117,14 +117,14 @@ def run_cells(
 
 def find_cell(home: Path, cell: Cell) -> storage.Result | None:
     """Return the result of a cell if it is there."""
-    digest = data.digest(home, cell.dataset)
-    if digest is None:
-        return None
-    try:
-        features = data.features_digest(home, cell.dataset, cell.recipe)
-    except UserError:  # side information that nobody imported: no result can be of it
-        return None
-    return storage.find(results(home), KIND, _spec(cell, digest, features))
+    spec = _spec_of(home, cell)
+    return None if spec is None else storage.find(results(home), KIND, spec)
+
+
+def cell_key(home: Path, cell: Cell) -> str | None:
+    """Return the digest of what a cell is made of, equal on every machine; None while its data is not there."""
+    spec = _spec_of(home, cell)
+    return None if spec is None else _key(spec)
 
 
 def protocol_of(cell: Cell) -> Protocol:
@@ -132,6 +132,20 @@ def protocol_of(cell: Cell) -> Protocol:
     module, name = PROTOCOLS[cell.protocol].split(":")
     found: Protocol = getattr(import_module(module), name)
     return found
+
+
+def _spec_of(home: Path, cell: Cell) -> dict[str, Any] | None:
+    digest = data.digest(home, cell.dataset)
+    if digest is None:
+        return None
+    try:
+        return _spec(cell, digest, data.features_digest(home, cell.dataset, cell.recipe))
+    except UserError:  # side information that nobody imported: no result can be of it
+        return None
+
+
+def _key(spec: dict[str, Any]) -> str:
+    return storage.digest_of(spec)[:16]
 
 
 def _spec(cell: Cell, sequences: str, features: str = "") -> dict[str, Any]:

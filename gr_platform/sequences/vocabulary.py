@@ -31,7 +31,8 @@ class Vocabulary:
     """The items of a data set, immutable.
 
     item_ids: int64 or object (str) [num_items], aligned with index - first_item. counts, first_ts, last_ts int64
-    [num_items]: rows of the log, ms. active: bool [num_rows], False for padding and buckets.
+    [num_items]: rows of the log, ms; 0 where only rows without a time name the item. active: bool [num_rows], False for
+    padding and buckets.
     """
 
     def __init__(self, table: pa.Table) -> None:
@@ -180,11 +181,13 @@ def build_vocabulary(home: Path, ds: str) -> storage.Result:
     return result
 
 
+# Items that only rows without a time name come behind the other new ones of their file.
 _ITEMS = """
-    SELECT item_id, sum(count)::BIGINT AS count, min(first_ts) AS first_ts, max(last_ts) AS last_ts, true AS active
+    SELECT item_id, sum(count)::BIGINT AS count, coalesce(min(first_ts), 0) AS first_ts,
+        coalesce(max(last_ts), 0) AS last_ts, true AS active
     FROM items
     GROUP BY item_id
-    ORDER BY min(source_file), arg_min(first_ts, source_file), item_id
+    ORDER BY min(source_file), arg_min(coalesce(first_ts, 9223372036854775807), source_file), item_id
 """
 
 

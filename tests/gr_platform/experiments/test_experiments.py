@@ -5,17 +5,19 @@ import math
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gr_platform import storage
+from gr_platform.commands import experiment as command
 from gr_platform.errors import UserError
 from gr_platform.experiments import costs, data, efficiency, passes, protocols, render
 from gr_platform.experiments import run as running
 from gr_platform.experiments.catalogue import experiments, named
-from gr_platform.experiments.report import means, report, write
+from gr_platform.experiments.report import means, recorded_rows, report, write
 from gr_platform.experiments.run import Busy, run_cell, run_cells
 from gr_platform.models.recipes import RECIPES
 
@@ -159,6 +161,37 @@ def test_a_missing_cell_and_a_missed_target_are_said(lab: Path, tmp_path: Path) 
     assert "HSTU: hr_at_10 >= 0.3226 within 0.006: not measured yet" in said
     write(found, tmp_path / "ml_1m.json")
     assert json.loads((tmp_path / "ml_1m.json").read_text(encoding="utf-8")) == found
+
+
+def test_what_another_machine_found_is_not_run_again(
+    lab: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    experiment, file = named("retailrocket", "smoke"), tmp_path / "found.json"
+    there = report(lab, experiment)
+    write(there | {"rows": there["rows"][:-1]}, file)
+    monkeypatch.setattr("gr_platform.registry.experiments.log_cell", lambda *_: "")
+    monkeypatch.setattr("gr_platform.registry.experiments.log_report", lambda *_: "")
+    said = "\n".join(command.run(tmp_path / "elsewhere", "retailrocket", json=file, scale="smoke"))
+    assert said.count("found on") == len(experiment.cells) - 1
+    assert [cell.name for cell in experiment.cells if running.find_cell(tmp_path / "elsewhere", cell)] == ["sasrec"]
+    again = json.loads(file.read_text(encoding="utf-8"))
+    assert [row["digest"] for row in again["rows"][:-1]] == [row["digest"] for row in there["rows"][:-1]]
+    assert again["missing"] == []
+
+
+def test_a_row_of_another_recipe_is_not_taken_for_the_cells_own(lab: Path, tmp_path: Path) -> None:
+    experiment, file = named("amazon_sports", "smoke"), tmp_path / "found.json"
+    write(report(lab, experiment), file)
+    recorded = recorded_rows(file)
+    assert report(tmp_path, experiment, recorded)["rows"] == []  # its data is not there, so nothing can be said of it
+    data.prepare(tmp_path, "smoke", None)
+    assert len(report(tmp_path, experiment, recorded)["rows"]) == len(experiment.cells)
+    cells = [replace(c, recipe=c.recipe and c.recipe.with_training(seed=9)) for c in experiment.cells]
+    other = report(tmp_path, replace(experiment, cells=tuple(cells)), recorded)
+    assert [row["cell"] for row in other["rows"]] == ["popularity", "cooccurrence"]
+    file.write_text("[]", encoding="utf-8")
+    with pytest.raises(UserError, match=r"found\.json is no report"):
+        recorded_rows(file)
 
 
 def test_unknown_names_are_sentences() -> None:

@@ -29,7 +29,7 @@ def test_counts_are_the_published_ones(ml_1m):
     home, result, dataset = ml_1m
     assert result.quarantined == {"null_time": 279}
     assert (result.rows_in, result.rows_kept, result.duplicates) == (1_000_209, 999_930, 0)
-    assert (dataset.num_users, dataset.num_exposures, dataset.vocabulary.num_items) == (6_040, 999_930, 3_616)
+    assert (dataset.num_users, dataset.num_exposures, dataset.vocabulary.num_items) == (6_040, 999_930, 3_706)
     assert titles(home, "ml-1m")[1] == "Toy Story (1995)"
     assert check_no_leak(dataset) == []
     assert describe_targets(dataset)["test"] == {"targets": 6_040, "ties": 2_544, "repeats": 0}
