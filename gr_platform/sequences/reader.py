@@ -24,21 +24,25 @@ from gr_platform.sequences.subsequence import kept_exposures, kept_lengths
 from gr_platform.training.seeds import generator
 
 READ_AHEAD = 4
+# Users of an epoch's last step at least: fewer join the step before, so that up to as many ranks can share every step.
+LEAST_LAST_STEP = 8
 # A quarter of an octave: users of a bucket differ by at most 19 % in length.
 BUCKETS = np.unique((2.0 ** (np.arange(4 * 40) / 4)).astype(np.int64))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ReaderConfig:
-    """How an epoch is cut into batches: a number of users, or at most so many tokens of users of like length.
+    """How an epoch is cut into batches: steps of a number of users, or at most so many tokens of users of like length.
 
-    seed: of the order and of Stochastic Length. batch_size: users of a batch of one rank. max_tokens: tokens of one, or
-    one user who has more; a user has 1 + tokens_per_event * exposures. max_length: the longest span there may be, the
-    N_c of stochastic_length (subsequence.py). num_ranks: processes that share an epoch.
+    seed: of the order and of Stochastic Length. batch_size: users of a step of all ranks; parts: batches in which each
+    rank reads its share of one. max_tokens: tokens of a batch, or one user who has more; a user has
+    1 + tokens_per_event * exposures. max_length: the longest span there may be, the N_c of stochastic_length
+    (subsequence.py). num_ranks: processes that share an epoch.
     """
 
     seed: int
     batch_size: int | None = None
+    parts: int = 1
     max_tokens: int | None = None
     tokens_per_event: int = 1
     max_length: int
@@ -48,10 +52,15 @@ class ReaderConfig:
     def __post_init__(self) -> None:
         if (self.batch_size is None) == (self.max_tokens is None):
             raise ValueError("ReaderConfig takes either batch_size or max_tokens")
-        for name in ("batch_size", "max_tokens", "tokens_per_event", "max_length", "num_ranks"):
+        for name in ("batch_size", "parts", "max_tokens", "tokens_per_event", "max_length", "num_ranks"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"ReaderConfig.{name} is {value}, must be 1 or more")
+        if self.batch_size is not None and self.batch_size < self.parts * self.num_ranks:
+            raise ValueError(
+                f"ReaderConfig.batch_size is {self.batch_size}, must be at least parts * num_ranks = "
+                f"{self.parts * self.num_ranks}"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +88,10 @@ class Plan:
 class Reader:
     """Batches of the spans starts..stops-1 of user rows, int64 [U] each, for one rank of `config.num_ranks`.
 
-    All ranks get the same number of batches, none of them empty, and together every user once: where the number does
-    not come out even, the batches of most users are halved until it does, or, where there are hardly more users than
-    batches, some are joined. Raises UserError for fewer users than ranks.
+    All ranks get the same number of batches, none of them empty, and together every user once. With batch_size the
+    users of a step are the same however many share it (up to LEAST_LAST_STEP ranks). With max_tokens, where the number
+    does not come out even, the batches of most users are halved until it does, or, where there are hardly more users
+    than batches, some are joined. Raises UserError for fewer users than ranks.
     """
 
     def __init__(
@@ -135,19 +145,16 @@ class Reader:
         config, num_users = self.config, len(self.rows)
         order = generator(config.seed, "shuffle", epoch).permutation(np.arange(num_users))
         if config.batch_size is not None:
-            cuts = np.append(np.arange(0, num_users, config.batch_size), num_users)
-        else:
-            tokens = 1 + config.tokens_per_event * self._kept(order, epoch)
-            by_length = np.argsort(np.searchsorted(BUCKETS, tokens, side="right"), kind="stable")
-            order = order[by_length]
-            cuts = _budget_cuts(tokens[by_length], config.max_tokens or 0)
-        begins, ends = _even(cuts, config.num_ranks)
-        if config.max_tokens is not None:
-            # A step's batches are neighbours in length, so that no rank waits for another; steps come in any order.
-            steps = generator(config.seed, "steps", epoch).permutation(len(begins) // config.num_ranks)
-            batches = (steps[:, None] * config.num_ranks + np.arange(config.num_ranks)).ravel()
-            begins, ends = begins[batches], ends[batches]
-        return Plan(order, begins, ends)
+            cuts = _step_cuts(num_users, config.batch_size, config.parts, config.num_ranks)
+            return Plan(order, cuts[:-1], cuts[1:])
+        tokens = 1 + config.tokens_per_event * self._kept(order, epoch)
+        by_length = np.argsort(np.searchsorted(BUCKETS, tokens, side="right"), kind="stable")
+        order = order[by_length]
+        begins, ends = _even(_budget_cuts(tokens[by_length], config.max_tokens or 0), config.num_ranks)
+        # A step's batches are neighbours in length, so that no rank waits for another; steps come in any order.
+        steps = generator(config.seed, "steps", epoch).permutation(len(begins) // config.num_ranks)
+        batches = (steps[:, None] * config.num_ranks + np.arange(config.num_ranks)).ravel()
+        return Plan(order, begins[batches], ends[batches])
 
     def read(self, epoch: int, batch: int = 0, *, read_ahead: int = READ_AHEAD) -> Generator[Batch, None, None]:
         """Yield this rank's batches of an epoch from number `batch` on, at most `read_ahead` of them formed early.
@@ -199,6 +206,19 @@ def _taken(span: Jagged, offsets: np.ndarray, places: np.ndarray) -> Jagged:
     items, actions, times = (np.take(values, places) for values in (span.items, span.actions, span.times))
     context = {name: np.take(values, places) for name, values in span.context.items()}
     return Jagged(offsets, items, actions, times, context=context)
+
+
+def _step_cuts(num_users: int, batch_size: int, parts: int, num_ranks: int) -> np.ndarray:
+    """Return where to cut users into batches: steps first, then each step into `parts` batches a rank, as equal as can
+    be; a step of fewer users has fewer batches, as many for each rank."""
+    steps = np.arange(0, num_users, batch_size)
+    if len(steps) > 1 and num_users - steps[-1] < max(LEAST_LAST_STEP, num_ranks):
+        steps = steps[:-1]
+    cuts = []
+    for begin, end in pairwise([*steps.tolist(), num_users]):
+        pieces = num_ranks * max(1, min(parts, (end - begin) // num_ranks))
+        cuts.append(begin + np.arange(pieces) * (end - begin) // pieces)
+    return np.concatenate([*cuts, [num_users]])
 
 
 def _budget_cuts(tokens: np.ndarray, max_tokens: int) -> np.ndarray:

@@ -34,7 +34,8 @@ def training_reader(
         )
     config = ReaderConfig(
         seed=training.seed,
-        batch_size=training.batch_size // parts,
+        batch_size=training.batch_size,
+        parts=training.accumulate,
         max_length=model.max_events + 1,
         stochastic_length=training.stochastic_length,
         num_ranks=num_ranks,

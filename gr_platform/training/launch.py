@@ -5,6 +5,7 @@ run goes on from the checkpoint. What a process has to say to the user it writes
 """
 
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -70,13 +71,27 @@ def launching(job: Job, num_processes: int, module: str = MODULE) -> Iterator[La
     """Yield how to run a job in processes that each execute `module` with the job's folder as argument."""
     with tempfile.TemporaryDirectory(prefix="gr-train-") as name:
         job.write(Path(name))
-        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node"]
+        torchrun = [sys.executable, "-m", __name__, "--standalone", "--nproc-per-node"]
         # With a shared store, keys of processes that are gone would meet those of new ones.
         environment = {
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "OMP_NUM_THREADS": str(settings.num_threads()),
         }
         yield Launch([*torchrun, str(num_processes), "-m", module, name], environment, Path(name))
+
+
+def torchrun(arguments: list[str]) -> int:
+    """Run torchrun and return its exit status: that a process failed is said by whoever reads the job's folder, in a
+    sentence, not here in a traceback of torchrun's own."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main
+
+    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    try:
+        main(arguments)
+    except ChildFailedError:
+        return 1
+    return 0
 
 
 def launch(job: Job, num_processes: int) -> None:
@@ -91,3 +106,7 @@ def tell_failure(folder: Path, error: UserError) -> None:
     """Leave a sentence for the program that started the processes; that another one is gone is never the reason."""
     if not isinstance(error, LostProcess):
         storage.write_text(folder / FAILURE, str(error))
+
+
+if __name__ == "__main__":
+    sys.exit(torchrun(sys.argv[1:]))

@@ -37,7 +37,7 @@ from kernels.hstu_attention.bench import peak_gflops
 
 logger = logging.getLogger(__name__)
 
-TRAINER_VERSION = 4
+TRAINER_VERSION = 5
 CURVES = "curves.json"
 TRAINED = "trained.parquet"
 

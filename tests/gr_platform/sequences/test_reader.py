@@ -117,7 +117,34 @@ def test_a_fixed_number_of_users_comes_in_the_order_of_one_permutation(dataset):
     read = [batch.rows for batch in reader_of(dataset, seed=7).read(2)]
     order = generator(7, "shuffle", 2).permutation(rows)
     assert np.concatenate(read).tolist() == order.tolist()
-    assert [len(each) for each in read] == [8] * (len(rows) // 8) + ([len(rows) % 8] if len(rows) % 8 else [])
+    assert len(rows) == 80
+    assert [len(each) for each in read] == [8] * 10
+    # A last step of few users joins the one before.
+    assert [len(each.rows) for each in reader_of(dataset, batch_size=25).read(0)] == [25, 25, 30]
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    num_users=st.integers(1, 80),
+    batch_size=st.integers(1, 40),
+    parts=st.integers(1, 4),
+    num_ranks=st.integers(1, 8),
+    epoch=st.integers(0, 2),
+)
+def test_a_step_has_the_same_users_however_it_is_shared(dataset, num_users, batch_size, parts, num_ranks, epoch):
+    rows = np.flatnonzero(dataset.lengths)[: max(num_users, num_ranks)]
+    batch_size = max(batch_size, parts * num_ranks)
+    alone = [batch.rows.tolist() for batch in reader_of(dataset, rows=rows, batch_size=batch_size).read(epoch)]
+    shares = []
+    for rank in range(num_ranks):
+        reader = reader_of(dataset, rows=rows, batch_size=batch_size, parts=parts, num_ranks=num_ranks, rank=rank)
+        shares.append([batch.rows.tolist() for batch in reader.read(epoch)])
+    batches = [row for place in zip(*shares, strict=True) for row in place]  # part by part, the ranks of each
+    assert [row for batch in batches for row in batch] == [row for step in alone for row in step]
+    sizes = [len(batch) for batch in batches]
+    if len(alone) > 1:
+        assert sum(sizes[: parts * num_ranks]) == len(alone[0])
+    assert min(sizes) >= 1
 
 
 def test_batches_hold_the_spans_asked_for(dataset):
@@ -174,7 +201,7 @@ def test_ranks_share_all_users_without_overlap_in_equally_many_batches(
     dataset, num_ranks, num_users, size, budget, epoch
 ):
     rows = np.flatnonzero(dataset.lengths)[:num_users]
-    config = {"max_tokens": 3 * size} if budget else {"batch_size": size}
+    config = {"max_tokens": 3 * size} if budget else {"batch_size": max(size, num_ranks)}
     if len(rows) < num_ranks:
         with pytest.raises(UserError, match="fewer processes"):
             reader_of(dataset, rows=rows, num_ranks=num_ranks, **config)
@@ -184,8 +211,6 @@ def test_ranks_share_all_users_without_overlap_in_equally_many_batches(
     assert {len(share) for share in shares} == {readers[0].num_batches(epoch)}
     assert all(batch for share in shares for batch in share)
     assert sorted(row for share in shares for batch in share for row in batch) == rows.tolist()
-    if not budget and num_ranks * len(shares[0]) + num_ranks <= len(rows):
-        assert max(len(batch) for share in shares for batch in share) <= size
 
 
 def test_a_thinned_batch_keeps_its_users_own_exposures_and_answers_the_ones_that_followed(dataset):
@@ -275,6 +300,7 @@ def test_an_error_of_the_thread_reaches_the_caller_after_the_batches_before_it(d
         ({"batch_size": 0}, "batch_size is 0"),
         ({"max_tokens": -1}, "max_tokens is -1"),
         ({"batch_size": 1, "num_ranks": 0}, "num_ranks is 0"),
+        ({"batch_size": 3, "parts": 2, "num_ranks": 2}, "at least parts . num_ranks = 4"),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(config, message):
