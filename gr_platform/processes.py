@@ -6,6 +6,7 @@ Invariant: a program is known by its pid and start time together, so a reused pi
 
 import time
 from collections.abc import Iterable, Sequence
+from pathlib import Path
 
 import psutil
 
@@ -23,6 +24,15 @@ def find(pid: int, create_time: float) -> psutil.Process | None:
         return process if same and is_alive(process) else None
     except psutil.NoSuchProcess:
         return None
+
+
+def peak_rss_bytes() -> int:
+    """Return the peak RSS of this process's own program.
+
+    Not `ru_maxrss`, which begins at that of the process that started this one.
+    """
+    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
+    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def is_alive(process: psutil.Process) -> bool:

@@ -18,7 +18,6 @@ SHOWN_FIGURES = 4
 QUARANTINED = "quarantined_"
 ORDER = "ordered by the mean of the probabilities"
 QUARANTINE_FILES = "rows and rules: events/<data set>/ingest_date=*/*/quarantine-0.parquet in the state folder"
-SLICES = {"history_length": "events known", "item_popularity": "events of the item", "user_age": "days known"}
 
 
 class StageLines:
@@ -106,6 +105,8 @@ def ranks_table(title: str, facts: Mapping[str, Any]) -> Table:
 
 def slices_table(slices: Sequence[Mapping[str, Any]]) -> Table:
     """Return rank figures by history length, item popularity and user age."""
+    from gr_platform.evaluation.slices import SLICES
+
     grid = _figures_table("", "slice", ("bin", "from", "to", "users", "HR@10", "NDCG@10"))
     for part in slices:
         bounds = (f"{part[name]:,.1f}".removesuffix(".0") for name in ("lower", "upper"))

@@ -22,11 +22,11 @@ from gr_platform.evaluation.protocols import judge_by_model, rank_by_cooccurrenc
 from gr_platform.evaluation.ranks import Ranked
 from gr_platform.evaluation.slices import slice_table
 from gr_platform.evaluation.tables import LABEL, LOGIT, judged_table, metrics_of_table, ranked_table, tasks_of
-from gr_platform.models.config import Kind
+from gr_platform.models.config import Kind, Recipe
 from gr_platform.models.ranking import RankingModel
 from gr_platform.models.retrieval import RetrievalModel
 from gr_platform.sequences.dataset import SequenceDataset
-from gr_platform.sequences.featured import with_features
+from gr_platform.sequences.featured import FeaturedDataset, with_features
 from gr_platform.sequences.splits import Holdout, is_refit, leave_one_out
 from gr_platform.training.load import load_model
 from gr_platform.training.loop import trained_ends
@@ -117,11 +117,12 @@ def evaluation_spec(home: Path, ds: str, folder: Path) -> dict[str, Any]:
     sequences = storage.read_manifest(storage.current(home / "sequences" / ds, "sequences")).digest
     if manifest.spec["sequences"] != sequences:
         raise UserError(f"the {kind} model {folder.name} of {ds} was trained on other sequences; train it again first")
-    return {
-        "sequences": sequences,
-        "models": {kind: manifest.digest},
-        "evaluation_version": EVALUATION_VERSION,
-    }
+    spec = {"sequences": sequences, "models": {kind: manifest.digest}, "evaluation_version": EVALUATION_VERSION}
+    config = Recipe.from_json(manifest.spec["recipe"]).model
+    dataset = with_features(home, ds, SequenceDataset.current(home, ds), config)
+    if isinstance(dataset, FeaturedDataset) and dataset.features_digest:
+        spec["features"] = dataset.features_digest
+    return spec
 
 
 def _rank(folder: Path, model: RetrievalModel, dataset: SequenceDataset, holdout: Holdout) -> dict[str, Any]:

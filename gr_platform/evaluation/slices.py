@@ -11,7 +11,7 @@ from gr_platform.evaluation.metrics import gains
 NUM_BINS = 5
 FIGURES = ("hr_at_10", "ndcg_at_10")
 # Slice -> what `lower` and `upper` of its bins count.
-SLICES = {"history_length": "exposures known", "item_popularity": "training exposures", "user_age": "days known"}
+SLICES = {"history_length": "events known", "item_popularity": "events of the item", "user_age": "days known"}
 # An item is of the head while more popular ones hold less than this share of all training exposures, then the torso.
 SHARES = {"head": 0.5, "torso": 0.8, "tail": 1.0}
 SCHEMA = pa.schema(

@@ -20,6 +20,7 @@ from typing import Any
 
 from gr_platform import settings
 from gr_platform.errors import UserError
+from gr_platform.processes import peak_rss_bytes
 
 NUM_EVENTS = 10_000_000
 DAY_EVENTS = 1_000_000
@@ -247,8 +248,6 @@ STAGES: dict[str, Callable[[Path, int], None]] = {
 
 def stage(name: str, folder: str, events: int) -> None:
     """Run one stage in this process and print its seconds (after imports) and peak RSS as JSON."""
-    import resource
-
     from gr_platform.events.database import connect
 
     for heavy in ("events.landing", "events.ingest", "events.simulator", "sequences.sequentialize"):
@@ -259,5 +258,4 @@ def stage(name: str, folder: str, events: int) -> None:
     started = time.monotonic()
     STAGES[name](Path(folder), events)
     seconds = time.monotonic() - started
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    print(json.dumps({"seconds": seconds, "rss_gb": peak / 1e9}))
+    print(json.dumps({"seconds": seconds, "rss_gb": peak_rss_bytes() / 1e9}))

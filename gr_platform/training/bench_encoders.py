@@ -25,8 +25,8 @@ from torch import Tensor
 from gr_platform import settings
 from gr_platform.models.build import build_encoder
 from gr_platform.models.config import ModelConfig
+from gr_platform.processes import peak_rss_bytes
 from gr_platform.training import flops
-from gr_platform.training.bench_memory import peak_rss_bytes
 from gr_platform.training.bench_step import GAP_S, START_MS, Row, row
 from gr_platform.training.memory import keep_freed_memory
 from gr_platform.training.seeds import generator

@@ -17,6 +17,7 @@ import pyarrow as pa
 from gr_platform import settings
 from gr_platform.events.declaration import Declaration
 from gr_platform.models.config import Recipe
+from gr_platform.processes import peak_rss_bytes
 from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.vocabulary import Vocabulary
 from gr_platform.training.bench_step import (
@@ -47,15 +48,6 @@ def peak_rss_gb(num_users: int = NUM_USERS) -> float:
     if done.returncode:
         raise RuntimeError(f"the training whose memory is measured failed: {done.stderr.strip()[-400:]}")
     return float(json.loads(done.stdout.strip().splitlines()[-1]))
-
-
-def peak_rss_bytes() -> int:
-    """Return the peak RSS of this process's own program.
-
-    Not `ru_maxrss`, which begins at that of the process that started this one.
-    """
-    lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("VmHWM:"))
 
 
 def made_up(num_users: int) -> SequenceDataset:

@@ -146,7 +146,7 @@ def test_the_memory_of_a_training_is_that_of_a_process_of_its_own():
 
 def test_the_peak_of_a_process_is_not_that_of_the_one_that_started_it():
     held = np.ones(100_000_000)
-    code = "from gr_platform.training.bench_memory import peak_rss_bytes; print(peak_rss_bytes())"
+    code = "from gr_platform.processes import peak_rss_bytes; print(peak_rss_bytes())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert int(done.stdout) < held.nbytes
 

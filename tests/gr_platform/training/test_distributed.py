@@ -22,8 +22,8 @@ from gr_platform.training.loop import CURVES, train_model
 from gr_platform.training.phases import training_users
 from gr_platform.training.ranks import LostProcess, Ranks, joined
 
-# Whatever is drawn for a step or a target is in it: shared parts, negatives of each target, clipping, the mean. The last
-# step of an epoch has 12 of 60 users.
+# Whatever is drawn for a step or a target is in it: shared parts, negatives of each target, clipping, the mean. The
+# last step of an epoch has 12 of 60 users.
 RECIPE = tiny("retrieval").with_training(
     max_epochs=3, batch_size=48, accumulate=2, negatives="per_token", clip_norm=0.5, average=0.9, learning_rate=1e-3
 )

@@ -1,5 +1,6 @@
 """Batches with side information: aligned with the events that are kept, bounded, and worth reading."""
 
+from copy import copy
 from dataclasses import replace
 
 import numpy as np
@@ -9,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gr_platform.errors import UserError
 from gr_platform.evaluation.protocols import evaluate_retrieval
 from gr_platform.models.build import build_model
 from gr_platform.models.config import StochasticLength
@@ -23,6 +25,7 @@ from gr_platform.training.batches import entries_of, request_batch, training_bat
 from gr_platform.training.load import load_model
 from gr_platform.training.loop import train
 from gr_platform.training.objectives import VALIDATION_USERS
+from gr_platform.training.warm_start import copy_weights
 
 NUM_HINTS, NUM_USERS, NUM_EVENTS = 6, 96, 10
 HINTS = {"item_features": ("hint",), "context_features": ("hint",), "user_features": ("hint",)}
@@ -210,3 +213,31 @@ def test_a_trained_model_comes_back_with_its_features(hinted, kind, tmp_path):
     last = int(dataset.item_features.times.max())
     assert 0 < len(model.embedding.items.times) < len(dataset.item_features.times)
     assert int(model.embedding.items.times.max()) < last
+
+
+def test_a_warm_start_lets_a_feature_have_more_values(hinted, tmp_path):
+    recipe = config_of(*HINTS).with_training(max_epochs=1)
+    dataset = opened(hinted, recipe.model)
+    train(dataset, recipe, tmp_path / "older", progress=False)
+    older = load_model(tmp_path / "older")
+
+    def fresh(texts):
+        plain, rows, series = (copy(each) for each in hinted)
+        values = {"hint": Codes(pa.table({"value": texts, "count": [1] * len(texts)}))}
+        plain.codes, series.codes = values, values
+        rows = ItemFeatures(rows.items, rows.times, rows.columns, values)
+        grown = opened((plain, rows, series), recipe.model)
+        torch.manual_seed(5)
+        tables = grown.feature_tables(recipe.model, 2 * 10**12)
+        return build_model(recipe.model, num_rows=grown.vocabulary.num_rows, num_actions=2, tasks=[], features=tables)
+
+    known = [f"value {each}" for each in range(NUM_HINTS)]
+    model = fresh([*known, "value 2|new"])
+    assert copy_weights(model, tmp_path / "older", dataset) == 0
+    for name, weight in older.named_parameters():
+        if ".features." in name:
+            found = dict(model.named_parameters())[name]
+            assert len(found) == len(weight) + 1, name
+            assert torch.equal(found[: len(weight)], weight), name
+    with pytest.raises(UserError, match="_hint has other values now"):
+        copy_weights(fresh([f"{text}|more" for text in known]), tmp_path / "older", dataset)
