@@ -11,6 +11,7 @@ Kind = Literal["retrieval", "ranking"]
 Encoder = Literal["hstu", "hstu_softmax", "transformer", "sasrec", "gru4rec", "bert4rec", "dlrm"]
 Negatives = Literal["shared", "per_token", "all"]
 Choice = Literal["recent", "recency", "uniform"]
+Windows = Literal["last", "random"]
 Schedule = Literal["constant", "cosine", "linear"]
 TableOptimizer = Literal["adamw", "rowwise"]
 Precision = Literal["auto", "fp32", "bf16"]
@@ -130,7 +131,8 @@ class TrainingConfig:
     exposures. average: decay of a running mean of the weights, which is then judged and saved; 0 for the weights
     themselves. precision: "auto" is bf16 autocast on a GPU and fp32 on the CPU. compile: run the encoder through
     torch.compile. negatives: one draw a step that all its targets share, one for each target (the paper's), or all
-    items.
+    items. windows: which max_events of a longer history an epoch trains on: the last ones, as serving sees them, or
+    ones drawn anew for each user and epoch, so that all of the history is learned from.
     """
 
     learning_rate: float = 1e-3
@@ -149,6 +151,7 @@ class TrainingConfig:
     compile: bool = False
     num_negatives: int = 512
     negatives: Negatives = "shared"
+    windows: Windows = "last"
     stochastic_length: StochasticLength = StochasticLength()
     seed: int = 1
 
@@ -174,6 +177,7 @@ _CHOICES = {
     "table_optimizer": TableOptimizer,
     "precision": Precision,
     "negatives": Negatives,
+    "windows": Windows,
 }
 
 

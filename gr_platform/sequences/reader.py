@@ -17,10 +17,10 @@ import numpy as np
 
 from gr_platform import storage
 from gr_platform.errors import UserError
-from gr_platform.models.config import StochasticLength
+from gr_platform.models.config import StochasticLength, Windows
 from gr_platform.prefetch import prefetched
 from gr_platform.sequences.dataset import Jagged, SequenceDataset
-from gr_platform.sequences.subsequence import kept_exposures, kept_lengths
+from gr_platform.sequences.subsequence import earlier_by, kept_exposures, kept_lengths
 from gr_platform.training.seeds import generator
 
 READ_AHEAD = 4
@@ -37,7 +37,8 @@ class ReaderConfig:
     seed: of the order and of Stochastic Length. batch_size: users of a step of all ranks; parts: batches in which each
     rank reads its share of one. max_tokens: tokens of a batch, or one user who has more; a user has
     1 + tokens_per_event * exposures. max_length: the longest span there may be, the N_c of stochastic_length
-    (subsequence.py). num_ranks: processes that share an epoch.
+    (subsequence.py). windows: whether spans are read as they are given, or each as far ahead of its place as an epoch
+    draws. num_ranks: processes that share an epoch.
     """
 
     seed: int
@@ -46,6 +47,7 @@ class ReaderConfig:
     max_tokens: int | None = None
     tokens_per_event: int = 1
     max_length: int
+    windows: Windows = "last"
     stochastic_length: StochasticLength = field(default_factory=StochasticLength)
     num_ranks: int = 1
 
@@ -170,8 +172,11 @@ class Reader:
 
     def form(self, users: np.ndarray, epoch: int) -> Batch:
         """Return the batch of users, given as places in this reader's rows, as the epoch sees them."""
-        rows = self.rows[users]
-        span = self.dataset.gather(rows, self.starts[users], self.stops[users])
+        rows, starts, stops = self.rows[users], self.starts[users], self.stops[users]
+        if self.config.windows == "random":
+            earlier = earlier_by(starts, rows, seed=self.config.seed, epoch=epoch)
+            starts, stops = starts - earlier, stops - earlier
+        span = self.dataset.gather(rows, starts, stops)
         kept = self._kept(users, epoch)
         if (kept == span.lengths).all():
             return Batch(rows=rows, events=span, targets=span)

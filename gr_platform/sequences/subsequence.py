@@ -83,6 +83,13 @@ def recency_weights(lengths: np.ndarray, times: np.ndarray) -> np.ndarray:
     return (1 - age * np.repeat(slope, lengths)).astype(np.float32)
 
 
+def earlier_by(starts: np.ndarray, users: np.ndarray, *, seed: int, epoch: int) -> np.ndarray:
+    """Return how many exposures earlier a window that begins at `starts` lies in an epoch: int64 [B], even over
+    0..starts. users: int64 [B], user rows."""
+    drawn = _uniform(_user_keys(users, "window", seed, epoch))
+    return np.floor(drawn * (np.asarray(starts, np.int64) + 1)).astype(np.int64)
+
+
 def _drawn(
     begins: np.ndarray, lengths: np.ndarray, times: np.ndarray, kept: np.ndarray, keys: np.ndarray, choice: Choice
 ) -> np.ndarray:

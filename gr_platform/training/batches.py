@@ -37,6 +37,7 @@ def training_reader(
         batch_size=training.batch_size,
         parts=training.accumulate,
         max_length=model.max_events + 1,
+        windows=training.windows,
         stochastic_length=training.stochastic_length,
         num_ranks=num_ranks,
     )

@@ -54,6 +54,7 @@ def raw(batch):
 SETTINGS = [
     {"batch_size": 8},
     {"batch_size": 8, "stochastic_length": THIN},
+    {"batch_size": 8, "windows": "random"},
     {"max_tokens": 150},
     {"max_tokens": 150, "tokens_per_event": 2, "stochastic_length": THIN},
 ]
@@ -156,6 +157,26 @@ def test_batches_hold_the_spans_asked_for(dataset):
             begin = min(2, dataset.lengths[row])
             for a, b in zip(found, expected, strict=True):
                 assert a.tolist() == b[begin:].tolist()
+
+
+def test_random_windows_lie_anywhere_in_a_history_and_nowhere_else(dataset):
+    rows = np.flatnonzero(dataset.lengths >= 12)
+    stops = dataset.lengths[rows] - 1  # the last exposure is held out
+    config = ReaderConfig(seed=1, batch_size=len(rows), max_length=8, windows="random")
+    reader = Reader(dataset, rows, stops - 8, stops, config)
+    places = {row: set() for row in rows.tolist()}
+    for epoch in range(300):
+        batch = reader.form(np.arange(len(rows)), epoch)
+        for row, found in zip(batch.rows.tolist(), batch.events.histories(), strict=True):
+            known = dataset.history(row, dataset.lengths[row])
+            # Times do not repeat, so they say where a window lies.
+            at = int(np.searchsorted(known[2], found[2][0]))
+            assert all(a.tolist() == b[at : at + 8].tolist() for a, b in zip(found, known, strict=True))
+            places[row].add(at)
+    for row, stop in zip(rows.tolist(), stops.tolist(), strict=True):
+        possible = set(range(stop - 8 + 1))
+        assert places[row] <= possible
+        assert len(places[row]) >= 0.8 * len(possible)
 
 
 @settings(deadline=None, max_examples=40)
