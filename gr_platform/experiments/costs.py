@@ -11,12 +11,12 @@ from gr_platform.models.recipes import named
 
 EFFICIENCY_LENGTHS = (200, 512, 1024, 2048, 4096)
 # (embedding_dim, layers, heads, minutes expected)
-SIZES = ((16, 1, 1, 6.0), (32, 2, 1, 15.0), (64, 4, 2, 50.0), (128, 6, 4, 150.0))
+SIZES = ((16, 1, 1, 3.0), (32, 2, 1, 8.0), (64, 4, 2, 25.0), (128, 6, 4, 75.0))
 
 
 def generative_training() -> Experiment:
     """Return generative against impression-level training."""
-    base = named("ml_1m", "retrieval").with_training(batch_size=128)
+    base = named("ml_1m", "retrieval").with_training(batch_size=128, schedule="constant", windows="last")
     smoke = {"num_steps": 4, "segment": 2, "max_users": 50}
     # 47 batches of 128 users are an epoch.
     generative = {"examples": "generative", "num_steps": 1_410, "segment": 47, "max_users": 2_000, "smoke": smoke}
@@ -70,7 +70,7 @@ def generative_training() -> Experiment:
 
 def scaling() -> Experiment:
     """Return four sizes of the ranking model: quality against compute."""
-    base = named("ml_1m", "ranking")
+    base = named("ml_1m", "ranking").with_training(refit=False)
     cells = []
     for dim, layers, heads, minutes in SIZES:
         recipe = sized(base, dim, layers, heads)

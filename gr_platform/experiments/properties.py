@@ -84,7 +84,7 @@ def stochastic_length() -> Experiment:
             label=f"alpha = {alpha:g}",
             dataset="ml-1m",
             recipe=base.with_training(stochastic_length=StochasticLength(alpha=alpha)),
-            minutes=25.0,
+            minutes=14.0,
         )
         for alpha in ALPHAS
     ]
@@ -161,7 +161,7 @@ def rab_ablation() -> Experiment:
         question="How much of HSTU's quality comes from the time bias, how much from the position bias?",
         protocol=LAST_ITEM + " Learned absolute positions stay in every row.",
         cells=tuple(
-            Cell(name=name, label=label, dataset="ml-1m", recipe=recipe, minutes=25.0)
+            Cell(name=name, label=label, dataset="ml-1m", recipe=recipe, minutes=14.0)
             for name, (label, recipe) in parts.items()
         ),
         tables=(
