@@ -1,4 +1,4 @@
-"""Writes the results page and its plots from the JSON files beside it:
+"""Writes the results page, its plots and the table in the project's README from the JSON files beside it:
 
     python docs/results/make.py
 
@@ -8,6 +8,7 @@ without one has no table. Prose that stands between the blocks is left as it is.
 
 import json
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from gr_platform.experiments.catalogue import experiments
 
 HERE = Path(__file__).parent
 PAGE = HERE / "README.md"
+# The project's README shows the first table of an experiment, with these columns.
+FRONT = HERE.parents[1] / "README.md"
+FRONT_FIGURES = ("hr_at_10", "hr_at_50", "hr_at_200", "ndcg_at_10", "ndcg_at_200")
 # A section's made part stands between the name of its file and an end mark, both as comments that nobody sees.
 BLOCK = re.compile(r"(<!-- (\w+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 HEAD = """# Results
@@ -48,13 +52,22 @@ def block(name: str) -> str:
     return f"{asked}Not run yet: `gr experiment {name} --json docs/results/{name}.json`\n"
 
 
-def make(page: str) -> str:
+def front_block(name: str) -> str:
+    """Return the made part of the project's README: a table, when and on what it was measured."""
+    report = found(name)
+    if report is None:
+        return f"Not run yet: `gr experiment {name} --json docs/results/{name}.json`\n"
+    return f"{render.table_of(report, report['tables'][0], FRONT_FIGURES)}\n\n{render.provenance(report)}\n"
+
+
+def make(page: str, made: Callable[[str], str] = block) -> str:
     """Return the page with every block made anew."""
-    return BLOCK.sub(lambda match: f"{match[1]}{block(match[2])}{match[3]}", page)
+    return BLOCK.sub(lambda match: f"{match[1]}{made(match[2])}{match[3]}", page)
 
 
 if __name__ == "__main__":
     PAGE.write_text(make(PAGE.read_text(encoding="utf-8") if PAGE.is_file() else skeleton()), encoding="utf-8")
+    FRONT.write_text(make(FRONT.read_text(encoding="utf-8"), front_block), encoding="utf-8")
     for name in experiments():
         if (report := found(name)) is not None and report["rows"]:
             (HERE / f"{name}.png").write_bytes(render.plot(report))

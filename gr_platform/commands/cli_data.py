@@ -32,7 +32,8 @@ def import_(
 ) -> None:
     """Import a log, or all logs of a folder; what is neither declared nor named is guessed and shown.
 
-    Examples: gr import shop.csv --dry-run | gr import day.csv --time-unit s | gr import items.csv --as item-features
+    Examples: gr import shop.csv --dry-run | gr import day.csv --time-unit s | gr import items.csv --as item-features |
+    gr import ml-1m/users.dat --as user-features --dataset ml-1m
     """
     from gr_platform.commands.importing import Import, report
 

@@ -58,8 +58,8 @@ def run(
     experiment = named(name, scale)
     chosen = _chosen(experiment, cells)
     recorded = {} if json is None else recorded_rows(json)
-    for dataset in dict.fromkeys(cell.dataset for cell in chosen.cells):
-        prepare(home, dataset, data)
+    for cell in chosen.cells:
+        prepare(home, cell.dataset, data, cell.recipe)
     kept = {cell.name: recorded[key] for cell in chosen.cells if (key := cell_key(home, cell)) in recorded}
     for cell_name, row in kept.items():
         yield f"{cell_name:<22} found on {row['date']}{_figures(row['figures'])}"

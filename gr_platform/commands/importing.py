@@ -89,8 +89,11 @@ def _features(asked: Import) -> Iterator[str]:
     state = "was imported before" if found.reused else "would be imported" if asked.dry_run else "imported"
     yield f"{entry.source_name} {state}: {entry.num_rows:,} rows of {entry.kind} in data set {found.dataset}"
     yield f"  {'id':<12} {entry.id_column}"
-    yield f"  {'time':<12} {entry.time_column} ({entry.time_unit})"
+    untimed = "none: the properties hold at all times"
+    yield f"  {'time':<12} {untimed if entry.time_column is None else f'{entry.time_column} ({entry.time_unit})'}"
     yield f"  {'properties':<12} {', '.join(entry.properties)}"
+    if entry.num_repeated:
+        yield f"  {'repeated':<12} {entry.num_repeated:,} (rows with a later one of their id: the last one counts)"
     yield f"  {'quarantined':<12} {describe(entry.kind, entry.quarantined) or 'none'}"
 
 

@@ -15,10 +15,12 @@ ACTIVE = "Data set; default: GR_DATASET, else the one imported last."
 GIVEN = "Data set to add to; default: the name the file gives itself, else the file's."
 DECLARATION = "Declaration of the data set: ml-1m, ml-20m, retailrocket, amazon-sports, amazon-books, or a TOML file."
 EVENT_ID = "Column that identifies an event: rows with equal ids count once; none: no such."
+TIME = "Column of the event's time; none, with item-features or user-features: there is none."
 SEEN = "all: never recommend what the user has seen; none: items may repeat."
 AS = (
     "log: events; item-features: what holds of items from a time on (item, time, properties); user-features: slow "
-    "series of users (user, time, properties). The last two go to a data set that is there."
+    "series of users (user, time, properties). The last two go to a data set that is there; without a time the "
+    "properties hold at all times."
 )
 RUN = "A trained model: its folder, name in MLflow or first digits; retrieval_model: the current one"
 SCALES = "smoke: the same on small simulated data, in minutes."
@@ -42,7 +44,7 @@ Format = Annotated[str, typer.Option(help="auto, csv, jsonl, parquet or movielen
 UserColumn = Annotated[str | None, typer.Option(help="Column of the user's id.")]
 ItemColumn = Annotated[str | None, typer.Option(help="Column of the item's id.")]
 ActionColumn = Annotated[str | None, typer.Option(help="Column of the action's name.")]
-TimeColumn = Annotated[str | None, typer.Option(help="Column of the event's time.")]
+TimeColumn = Annotated[str | None, typer.Option(help=TIME)]
 ValueColumn = Annotated[str | None, typer.Option(help="Column of a rating or another number.")]
 EventIdColumn = Annotated[str | None, typer.Option(help=EVENT_ID)]
 TimeUnit = Annotated[str, typer.Option(help="auto, s, ms, us, ns or iso.")]

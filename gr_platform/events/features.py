@@ -2,7 +2,8 @@
 
 Invariant: as with events nothing is dropped on landing, a file counts once, and an entry
 (`features/<kind>-<first 16 digits of the sha256>.json`) is written after the copy that it describes. Rows are judged by
-the rules of events as far as they bear on an id and a time; "future" is counted from the moment of landing.
+the rules of events as far as they bear on an id and a time; "future" is counted from the moment of landing. Rows of a
+file without times hold at all times, as if each had been said at `ALWAYS_MS`, and the last row of an id counts.
 """
 # ruff: noqa: S608 - identifiers and strings are quoted by `quoted` and `literal`
 
@@ -29,14 +30,22 @@ from gr_platform.events.times import to_ms
 KINDS = {"item-features": "item_id", "user-features": "user_id"}
 FOLDER = "features"
 FEATURES_VERSION = 1
-_RULES = ("null_", "invalid_", "null_time", "invalid_time", "time_before_1990", "time_in_future")
+# Since when a property holds that always did: the first day of year 1, earlier than any time that is accepted and so
+# far from all of them that an event of any year is about as long after it. A difference of times stays far from 2**63.
+ALWAYS_MS = -62_135_596_800_000
+_RULES = ("null_", "invalid_")
+# The next row of an id in its file, NULL behind the last one.
+LATER_ROW = "lead(source_row) OVER (PARTITION BY id ORDER BY source_row)"
+_TIME_RULES = ("null_time", "invalid_time", "time_before_1990", "time_in_future")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureEntry:
     """A line of the ledger of side information. sequence counts the files of a kind in the order they first landed.
 
-    properties: name -> column; types: every column read -> DuckDB type; quarantined: rule -> rows that broke it.
+    time_column, time_unit: None for a file without times. properties: name -> column; types: every column read ->
+    DuckDB type; quarantined: rule -> rows that broke it; num_repeated: rows of a file without times that another one of
+    their id follows.
     """
 
     kind: str
@@ -48,11 +57,12 @@ class FeatureEntry:
     landed_at_ms: int
     format: str
     id_column: str
-    time_column: str
-    time_unit: str
+    time_column: str | None
+    time_unit: str | None
     properties: dict[str, str]
     types: dict[str, str]
     quarantined: dict[str, int]
+    num_repeated: int = 0
     num_forgotten: int = 0
     schema_version: int = FEATURES_VERSION
 
@@ -99,12 +109,13 @@ def feature_files(home: Path, ds: str, kind: str, *, without: str = "") -> list[
 def feature_query(file: FeatureFile) -> str:
     """Return a SELECT over a landed file, one row a row of it.
 
-    Columns: id (the data set's type), event_ts (BIGINT ms), source_file, source_row, each property (VARCHAR, NULL for
-    an empty cell) under its name after `p_`, rule (the first that the row breaks, or NULL).
+    Columns: id (the data set's type), event_ts (BIGINT ms, ALWAYS_MS in a file without times), source_file, source_row,
+    each property (VARCHAR, NULL for an empty cell) under its name after `p_`, rule (the first that the row breaks, or
+    NULL).
     """
     entry = file.entry
-    kind, what = entry.types[entry.time_column], KINDS[entry.kind]
-    column, found = quoted(entry.id_column), f"TRY_CAST({quoted(entry.time_column)} AS {time_type(kind)})"
+    what, column = KINDS[entry.kind], quoted(entry.id_column)
+    found, timed = _time_sql(file)
     raw = "NULL::VARCHAR" if entry.types[entry.id_column] in INTEGER_TYPES else f"{column}::VARCHAR"
     properties = "".join(
         f", nullif({quoted(column)}::VARCHAR, '') AS {quoted(f'p_{name}')}" for name, column in entry.properties.items()
@@ -114,8 +125,8 @@ def feature_query(file: FeatureFile) -> str:
         f"{raw} AS raw_{what.removesuffix('_id')}, {found} AS found_time, {ROW_NUMBER} + 1 AS source_row, "
         f"{entry.landed_at_ms}::BIGINT AS landed_at_ms{properties} FROM {parquet(file.path)}"
     )
-    timed = to_ms("found_time", time_type(kind), entry.time_unit, file.declaration.time_zone)
-    cases = " ".join(f"WHEN {RULES[rule][0]} THEN '{rule}'" for rule in _rules(entry.kind))
+    rules = _rules(entry.kind) if entry.time_column is not None else _rules(entry.kind, times=())
+    cases = " ".join(f"WHEN {RULES[rule][0]} THEN '{rule}'" for rule in rules)
     names = "".join(f", {quoted(f'p_{name}')}" for name in entry.properties)
     return (
         f"SELECT {what} AS id, event_ts, {entry.sequence}::INTEGER AS source_file, source_row{names}, "
@@ -123,10 +134,21 @@ def feature_query(file: FeatureFile) -> str:
     )
 
 
+def _time_sql(file: FeatureFile) -> tuple[str, str]:
+    """Return SQL for the time cell of a row, and for the ms that `found_time`, such a cell, stands for."""
+    entry = file.entry
+    if entry.time_column is None or entry.time_unit is None:
+        return "NULL", f"{ALWAYS_MS}::BIGINT"
+    read_as = time_type(entry.types[entry.time_column])
+    cell = f"TRY_CAST({quoted(entry.time_column)} AS {read_as})"
+    return cell, to_ms("found_time", read_as, entry.time_unit, file.declaration.time_zone)
+
+
 def all_rows(files: list[FeatureFile]) -> tuple[str, list[str]]:
     """Return a SELECT over the rows of files that break no rule, and the properties of any of them in a fixed order.
 
-    Columns: id, event_ts, source_file, source_row, p_<property> of all of them, NULL in files without it.
+    Columns: id, event_ts, source_file, source_row, p_<property> of all of them, NULL in files without it. Of a file
+    without times an id has one row, its last.
     """
     names = list(dict.fromkeys(name for file in files for name in file.entry.properties))
     parts = []
@@ -136,13 +158,19 @@ def all_rows(files: list[FeatureFile]) -> tuple[str, list[str]]:
             for name in names
         )
         selected = f"SELECT id, event_ts, source_file, source_row, {columns}"
-        parts.append(f"{selected} FROM ({feature_query(file)}) WHERE rule IS NULL")
+        last = "" if file.entry.time_column is not None else f" QUALIFY {LATER_ROW} IS NULL"
+        parts.append(f"({selected} FROM ({feature_query(file)}) WHERE rule IS NULL{last})")
     return " UNION ALL ".join(parts), names
 
 
-def _rules(kind: str) -> list[str]:
+def standing(files: list[FeatureFile]) -> set[str]:
+    """Return the properties that a file without times has."""
+    return {name for file in files if file.entry.time_column is None for name in file.entry.properties}
+
+
+def _rules(kind: str, times: tuple[str, ...] = _TIME_RULES) -> list[str]:
     what = KINDS[kind].removesuffix("_id")
-    return [f"{rule}{what}" if rule.endswith("_") else rule for rule in _RULES]
+    return [*(f"{rule}{what}" for rule in _RULES), *times]
 
 
 def describe(kind: str, broken: dict[str, int]) -> str:

@@ -77,6 +77,7 @@ SOURCES: Mapping[str, Source] = MappingProxyType(
             files=(
                 File(name="ratings.dat", about_bytes=24_600_000, member="ml-1m/ratings.dat"),
                 File(name="movies.dat", about_bytes=170_000, member="ml-1m/movies.dat"),
+                File(name="users.dat", about_bytes=134_000, member="ml-1m/users.dat"),
             ),
         ),
         "ml-20m": Source(

@@ -25,7 +25,12 @@ _SUFFIXES = {
     "parquet": (".parquet", ".pq"),
     "movielens": (".dat",),
 }
-_DAT_COLUMNS = ("user_id", "movie_id", "rating", "timestamp")
+# What a .dat file of MovieLens is taken for -> its file, its columns.
+_DAT = {
+    "log": ("ratings.dat", ("user_id", "movie_id", "rating", "timestamp")),
+    "item-features": ("movies.dat", ("movie_id", "title", "genres")),
+    "user-features": ("users.dat", ("user_id", "gender", "age", "occupation", "zip_code")),
+}
 # How files are called while something still writes them.
 _UNFINISHED = (".part", ".partial", ".tmp", ".crdownload", ".download")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -48,9 +53,16 @@ class Source:
 
 
 def open_source(
-    connection: duckdb.DuckDBPyConnection, path: Path, format: str = "auto", header: tuple[str, ...] = ()
+    connection: duckdb.DuckDBPyConnection,
+    path: Path,
+    format: str = "auto",
+    header: tuple[str, ...] = (),
+    *,
+    holds: str = "log",
 ) -> Source:
     """Return the log at `path`; header: the columns of a CSV file that has no header line.
+
+    holds: log, item-features or user-features, which says what the columns of MovieLens' .dat are.
 
     Raises UserError: no such file, a folder, empty, half-written, unknown format, unreadable.
     """
@@ -64,8 +76,7 @@ def open_source(
         raise UserError(f"{path.name} is empty (0 bytes); give a log with at least one event")
     if path.name.lower().endswith(_UNFINISHED):
         raise UserError(f"{path.name} is half-written, as its name says; import it when it has its final name")
-    kind = _detect(path) if format == "auto" else format
-    opened = _open(connection, path, kind, header)
+    opened = _open(connection, path, _detect(path) if format == "auto" else format, header, holds)
     check_row_number(path.name, opened.columns)
     if format == "auto" and _is_movielens(opened.columns):
         return replace(opened, format="movielens")
@@ -118,16 +129,16 @@ def _detect(path: Path) -> str:
     )
 
 
-def _open(connection: duckdb.DuckDBPyConnection, path: Path, kind: str, header: tuple[str, ...]) -> Source:
+def _open(connection: duckdb.DuckDBPyConnection, path: Path, kind: str, header: tuple[str, ...], holds: str) -> Source:
     if kind == "movielens":
         kind = "dat" if _plain_name(path).endswith(".dat") else _detect(path)
-        return replace(_open(connection, path, kind, header), format="movielens")
+        return replace(_open(connection, path, kind, header, holds), format="movielens")
     if kind != "parquet" and path.name.lower().endswith(".zst"):
         _check_whole(path)
     if kind == "csv":
         return _open_csv(path, header)
     if kind == "dat":
-        return _open_dat(path)
+        return _open_dat(path, holds)
     return _open_parquet(connection, path) if kind == "parquet" else _open_jsonl(connection, path)
 
 
@@ -168,22 +179,31 @@ def _open_csv(path: Path, header: tuple[str, ...]) -> Source:
     return _text_source(path, "csv", names, delimiter, header=True)
 
 
-def _open_dat(path: Path) -> Source:
-    fields = _first_line(path).split("::")
-    if len(fields) != len(_DAT_COLUMNS):
-        raise UserError(
-            f"{path.name} does not look like MovieLens (user::movie::rating::timestamp on each line), its first line "
-            f"has {len(fields)} field(s); give the right --format"
+def _open_dat(path: Path, holds: str) -> Source:
+    name, columns = _DAT[holds]
+    encoding = "utf-8" if holds == "log" else _encoding(path)
+    num_fields = len(_first_line(path, encoding).split("::"))
+    if num_fields != len(columns):
+        other = next((kind for kind, (_, each) in _DAT.items() if len(each) == num_fields), None)
+        remedy = (
+            f"it has those of {_DAT[other][0]}, which comes with --as {other}" if other else "give the right --format"
         )
-    return _text_source(path, "movielens", _DAT_COLUMNS, "::", header=False)
+        raise UserError(
+            f"{path.name} does not look like MovieLens' {name} ({'::'.join(columns)} on each line), its first line has "
+            f"{num_fields} field(s); {remedy}"
+        )
+    return _text_source(path, "movielens", columns, "::", header=False, encoding=encoding)
 
 
-def _text_source(path: Path, format: str, names: Sequence[str], delimiter: str, *, header: bool) -> Source:
+def _text_source(
+    path: Path, format: str, names: Sequence[str], delimiter: str, *, header: bool, encoding: str = "utf-8"
+) -> Source:
     columns = ", ".join(f"{literal(name)}: 'VARCHAR'" for name in names)
     quote = "''" if delimiter == "::" else "'\"'"
+    encoded = "" if encoding == "utf-8" else f"encoding={literal(encoding)}, "
     relation = (
         f"read_csv({literal(_glob_free(path))}, auto_detect=false, header={str(header).lower()}, "
-        f"delim={literal(delimiter)}, quote={quote}, escape={quote}, "
+        f"delim={literal(delimiter)}, quote={quote}, escape={quote}, {encoded}"
         f"columns={{{columns}}}, strict_mode=true, null_padding=false, nullstr='')"
     )
     return Source(path=path, format=format, relation=relation, columns=dict.fromkeys(names, "VARCHAR"), is_text=True)
@@ -234,11 +254,26 @@ def _starts_with_bom(path: Path) -> bool:
         return False
 
 
-def _first_line(path: Path) -> str:
-    """Return the first line as UTF-8 without byte order mark. Raises UserError if the bytes do not decode."""
+def _encoding(path: Path) -> str:
+    """Return latin-1 for text that is no UTF-8, as MovieLens-1M's titles are not."""
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    try:
+        with _stream(path) as stream:
+            while chunk := stream.read(_CHUNK):
+                decoder.decode(chunk)
+        decoder.decode(b"", final=True)
+    except UnicodeDecodeError:
+        return "latin-1"
+    except OSError as error:
+        raise unreadable(path, error) from None
+    return "utf-8"
+
+
+def _first_line(path: Path, encoding: str = "utf-8") -> str:
+    """Return the first line without byte order mark. Raises UserError if the bytes do not decode."""
     try:
         with _stream(path) as raw, io.BufferedReader(raw) as stream:
-            line = stream.readline(_MAX_HEADER_BYTES).decode("utf-8-sig").rstrip("\r\n")
+            line = stream.readline(_MAX_HEADER_BYTES).decode(encoding).removeprefix("\ufeff").rstrip("\r\n")
     except (UnicodeDecodeError, OSError) as error:
         raise UserError(
             f"{path.name} cannot be read as UTF-8 text ({type(error).__name__} in line 1); check its format"

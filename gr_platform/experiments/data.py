@@ -1,9 +1,11 @@
 """The data sets that experiments run on: imported logs, the simulated log and the drifting stream.
 
-Invariant: a data set that is there is never changed; what is missing is imported from the folder the caller names, or
-made where it is synthetic.
+Invariant: the sequences of a data set that is there are never changed; what is missing, side information that a recipe
+reads included, is imported from the folder the caller names, or made where it is synthetic.
 """
 
+from collections.abc import Iterable
+from dataclasses import dataclass
 from pathlib import Path
 
 from gr_platform import storage
@@ -18,6 +20,23 @@ FILES = {
     "ml-1m": "ml-1m/ratings.parquet",
     "retailrocket": "retailrocket/events.parquet",
     "amazon-sports": "amazon-sports/interactions.parquet",
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SideFile:
+    """Side information of a data set: its file under the folder of real data, its kind, the properties it gives."""
+
+    file: str
+    kind: str
+    properties: tuple[str, ...]
+
+
+SIDE_FILES = {
+    "ml-1m": (
+        SideFile(file="ml-1m/movies.dat", kind="item-features", properties=("genres", "year")),
+        SideFile(file="ml-1m/users.dat", kind="user-features", properties=("gender", "age", "occupation")),
+    ),
 }
 SMOKE, SMOKE_EVENTS, SMOKE_SEED = "smoke", 6_000, 7
 STREAMS = {
@@ -39,17 +58,23 @@ def digest(home: Path, name: str) -> str | None:
         return None
 
 
-def prepare(home: Path, name: str, folder: Path | None) -> str:
+def prepare(home: Path, name: str, folder: Path | None, recipe: Recipe | None = None) -> str:
     """Return the digest of a data set, imported from `folder` (or simulated) up to sequences if it is not there.
 
-    Raises UserError if it is neither there nor in the folder.
+    Side information comes with it where it lies in the folder; to a data set that is there, what `recipe` reads of it
+    and nobody imported is added. Raises UserError if the data set is neither there nor in the folder.
     """
     found = digest(home, name)
-    if found is not None:
+    if found is not None and not (folder and _lacking(home, name, recipe)):
         return found
     with storage.exclusive(home, "stages", wait_s=IMPORT_WAIT_S):
         found = digest(home, name)
-        return _imported(home, name, _source(home, name, folder)) if found is None else found
+        if found is None:
+            found = _imported(home, name, _source(home, name, folder))
+            _import_side(home, name, folder, SIDE_FILES.get(name, ()))
+        else:
+            _import_side(home, name, folder, _lacking(home, name, recipe))
+        return found
 
 
 def load(home: Path, name: str, recipe: Recipe | None) -> SequenceDataset:
@@ -69,6 +94,27 @@ def features_digest(home: Path, name: str, recipe: Recipe | None) -> str:
         return ""
     dataset = load(home, name, recipe)
     return dataset.features_digest if isinstance(dataset, FeaturedDataset) else ""
+
+
+def _lacking(home: Path, name: str, recipe: Recipe | None) -> list[SideFile]:
+    """Return the files of side information with a property that the recipe reads and the data set does not have."""
+    if recipe is None or name not in SIDE_FILES:
+        return []
+    from gr_platform.events.features import FOLDER, entries_of
+
+    read = {"item-features": recipe.model.item_features, "user-features": recipe.model.user_features}
+    landed = home / "landing" / name / FOLDER
+    known = {kind: {each for entry in entries_of(landed, kind) for each in entry.properties} for kind in read}
+    return [each for each in SIDE_FILES[name] if set(read[each.kind]) & set(each.properties) - known[each.kind]]
+
+
+def _import_side(home: Path, name: str, folder: Path | None, wanted: Iterable[SideFile]) -> None:
+    """Import those files of side information that lie in the folder."""
+    from gr_platform.events.feature_import import WantedFeatures, import_features
+
+    for each in wanted:
+        if folder is not None and (folder / each.file).is_file():
+            import_features(folder / each.file, WantedFeatures(kind=each.kind, dataset=name), home=home)
 
 
 def _source(home: Path, name: str, folder: Path | None) -> Path:

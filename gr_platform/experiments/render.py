@@ -45,11 +45,12 @@ def provenance(report: Report) -> str:
 
 def tables(report: Report) -> list[str]:
     """Return the tables of a report, one row a label: mean and standard deviation over seeds, then published rows."""
-    return [_table(report, table) for table in report["tables"]]
+    return [table_of(report, table) for table in report["tables"]]
 
 
-def _table(report: Report, table: Mapping[str, Any]) -> str:
-    columns: dict[str, str] = table["columns"]
+def table_of(report: Report, table: Mapping[str, Any], figures: Iterable[str] = ()) -> str:
+    """Return one table of a report; figures: the columns to show, all of them if none is named."""
+    columns: dict[str, str] = {name: table["columns"][name] for name in figures} or table["columns"]
     labels = by_label(report["rows"], table["group"])
     lines = [_line(["", *columns.values(), "seeds"]), _line(["---", *("---:" for _ in columns), "---:"])]
     for label, rows in labels.items():

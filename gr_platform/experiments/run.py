@@ -77,7 +77,7 @@ def run_cell(
     folder: where real data sets lie that are not imported yet. Raises Busy if another process works on the cell,
     UserError for data or a recipe that the user can mend.
     """
-    digest = data.prepare(home, cell.dataset, folder)
+    digest = data.prepare(home, cell.dataset, folder, cell.recipe)
     spec = _spec(cell, digest, data.features_digest(home, cell.dataset, cell.recipe))
     parent = results(home)
     name = _key(spec)

@@ -55,7 +55,13 @@ def _measured(
     dataset: SequenceDataset, label: str, seconds: float, cut: dict[str, int], thinning: StochasticLength
 ) -> list[Row]:
     """Return the rows of one way to read, stopped after `seconds` or an epoch."""
-    config = ReaderConfig(seed=1, max_length=MAX_LENGTH, stochastic_length=thinning, **cut)
+    config = ReaderConfig(
+        seed=1,
+        batch_size=cut.get("batch_size"),
+        max_tokens=cut.get("max_tokens"),
+        max_length=MAX_LENGTH,
+        stochastic_length=thinning,
+    )
     starts = window_starts(dataset.lengths, MAX_LENGTH, 1)
     reader = Reader(dataset, np.arange(dataset.num_users), starts, dataset.lengths, config)
     begin = time.perf_counter()

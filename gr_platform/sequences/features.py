@@ -1,8 +1,8 @@
 """Side information of items as it was known at the time of an event.
 
 Invariant: what is found for an event was true at its time or before, by construction: the answer is the newest row of
-the item that is not later. Codes are append-only, as those of the vocabulary. Rows of items without an event are left
-out until the vocabulary has them.
+the item that is not later; what a file without times says comes first of all. Codes are append-only, as those of the
+vocabulary. Rows of items without an event are left out until the vocabulary has them.
 
 Legend: R rows of side information, T exposures asked about.
 """
@@ -21,7 +21,7 @@ import pyarrow.parquet as pq
 from gr_platform import storage
 from gr_platform.errors import UserError
 from gr_platform.events.database import connect, quoted
-from gr_platform.events.features import FeatureFile, all_rows, feature_files
+from gr_platform.events.features import FeatureFile, all_rows, feature_files, standing
 from gr_platform.sequences.codes import MISSING, Codes, appended
 from gr_platform.sequences.vocabulary import Vocabulary
 
@@ -96,7 +96,7 @@ def build_item_features(home: Path, ds: str) -> storage.Result:
         connection.register("vocabulary", table)
         num_rows = write_rows(
             connection,
-            "SELECT item, event_ts, {properties} FROM rows JOIN vocabulary USING (id) "
+            f"SELECT item, event_ts, {{properties}} FROM {_stated(files)} JOIN vocabulary USING (id) "
             "ORDER BY item, event_ts, source_file, source_row",
             folder,
             codes,
@@ -104,6 +104,23 @@ def build_item_features(home: Path, ds: str) -> storage.Result:
         return {"num_rows": num_rows}
 
     return build(home, ds, files, "item-features", {"vocabulary": vocabulary.digest}, write)
+
+
+def _stated(files: list[FeatureFile]) -> str:
+    """Return a FROM clause for `rows` in which a file that lacks a property of a file without times does not end it.
+
+    A row states all properties of its item, NULL included; but of what always held, those files alone that have it.
+    """
+    replaced = []
+    for name in sorted(standing(files)):
+        has_it = [str(file.entry.sequence) for file in files if name in file.entry.properties]
+        if len(has_it) < len(files):
+            # In a list, a cell that is empty is told from one that is not there.
+            said = f"CASE WHEN source_file IN ({', '.join(has_it)}) THEN [{quoted(f'p_{name}')}] END"
+            order = "PARTITION BY id ORDER BY event_ts, source_file, source_row"
+            last = f"last_value({said} IGNORE NULLS) OVER ({order} ROWS UNBOUNDED PRECEDING)"
+            replaced.append(f"({last})[1] AS {quoted(f'p_{name}')}")
+    return f"(SELECT * REPLACE ({', '.join(replaced)}) FROM rows)" if replaced else "rows"
 
 
 def build(

@@ -2,7 +2,7 @@
 
 Invariant: of each run of one value only the first entry is kept (paper section 2.1), and an entry is part of a span
 only if it is not later than the last exposure of the span. The order is total: (time, auxiliary entries by kind, then
-exposures in their own order).
+exposures in their own order). What always held is a user's first entry, one a series.
 
 Legend: U users of the data set, B spans, S entries of all users, T entries and exposures answered.
 """
@@ -18,7 +18,7 @@ import numpy as np
 
 from gr_platform import storage
 from gr_platform.events.database import quoted
-from gr_platform.events.features import feature_files
+from gr_platform.events.features import ALWAYS_MS, feature_files
 from gr_platform.sequences.codes import MISSING, Codes
 from gr_platform.sequences.dataset import Jagged, SequenceDataset, ramps
 from gr_platform.sequences.features import build, read_rows, write_rows
@@ -108,14 +108,28 @@ def build_user_series(home: Path, ds: str) -> storage.Result:
     event_ts, landed file, row); values-<series>.parquet (value, count). Raises UserError if no such file was imported.
     """
 
+    files = feature_files(home, ds, "user-features")
+    several = sum(file.entry.time_column is None for file in files) > 1
+
     def write(connection: duckdb.DuckDBPyConnection, folder: Path, codes: dict[str, Codes]) -> dict[str, Any]:
         order = "event_ts, source_file, source_row"
+        rows = f"(SELECT * REPLACE ({', '.join(map(_last_of_always, codes))}) FROM rows)" if several else "rows"
         begins = ", ".join(f"{_begins(quoted(f'p_{name}'), order)} AS {quoted(f'p_{name}')}" for name in codes)
         said = " OR ".join(f"{quoted(f'p_{name}')} IS NOT NULL" for name in codes)
-        sql = f"FROM (SELECT id, {order}, {begins} FROM rows) WHERE {said} ORDER BY id, {order}"
+        sql = f"FROM (SELECT id, {order}, {begins} FROM {rows}) WHERE {said} ORDER BY id, {order}"
         return {"num_rows": write_rows(connection, "SELECT id, event_ts, {properties} " + sql, folder, codes)}
 
-    return build(home, ds, feature_files(home, ds, "user-features"), "user-features", {}, write)
+    return build(home, ds, files, "user-features", {}, write)
+
+
+def _last_of_always(name: str) -> str:
+    """Return SQL for a series without what files without times say of a user and a later one of them says again."""
+    column = quoted(f"p_{name}")
+    later = (
+        f"first_value({column} IGNORE NULLS) OVER (PARTITION BY id, event_ts ORDER BY source_file, source_row "
+        "ROWS BETWEEN 1 FOLLOWING AND UNBOUNDED FOLLOWING)"
+    )
+    return f"CASE WHEN event_ts > {ALWAYS_MS} OR {later} IS NULL THEN {column} END AS {column}"
 
 
 def _begins(column: str, order: str) -> str:

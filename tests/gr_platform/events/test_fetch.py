@@ -299,7 +299,7 @@ def test_offline_says_what_to_do_by_hand_and_names_no_path_of_the_machine(tmp_pa
         fetch("ml-1m", tmp_path / "downloads", sources={"ml-1m": closed})
     assert "no-such-host.invalid cannot be reached" in str(error.value)
     assert "open https://grouplens.org/datasets/movielens/1m/, download the archive" in str(error.value)
-    assert "unpack ratings.dat and movies.dat into $GR_HOME/downloads/ml-1m" in str(error.value)
+    assert "unpack ratings.dat and movies.dat and users.dat into $GR_HOME/downloads/ml-1m" in str(error.value)
     assert str(tmp_path) not in str(error.value)
 
 

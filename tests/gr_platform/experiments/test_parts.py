@@ -117,3 +117,6 @@ def test_the_results_page_is_made_of_its_files_alone(load_script: Callable[[str]
     page = make.PAGE.read_text(encoding="utf-8")
     assert make.make(page) == page
     assert {name for _, name, _ in make.BLOCK.findall(page)} == set(make.experiments())
+    front = make.FRONT.read_text(encoding="utf-8")
+    assert [name for _, name, _ in make.BLOCK.findall(front)] == ["ml_1m"]
+    assert make.make(front, make.front_block) == front
