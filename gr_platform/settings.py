@@ -81,6 +81,29 @@ def num_threads() -> int:
     return int(configured)
 
 
+def device() -> str:
+    """Return where models are trained and judged, `cpu` or `cuda`: `GR_DEVICE`, or a GPU if torch sees one (`auto`).
+
+    Raises UserError for another word, and for `cuda` where torch sees no GPU.
+    """
+    configured = os.environ.get("GR_DEVICE") or "auto"
+    if configured not in ("auto", "cpu", "cuda"):
+        raise UserError(f"GR_DEVICE is {configured!r}, must be auto, cpu or cuda; unset it for auto")
+    if configured == "cpu":
+        return "cpu"
+    # Not at the top: whoever only looks for a folder need not wait for torch.
+    import torch
+
+    if torch.cuda.is_available():
+        return "cuda"
+    if configured == "cuda":
+        raise UserError(
+            f"GR_DEVICE is cuda, but torch {torch.__version__} sees no GPU; install torch's CUDA build and a driver, "
+            "or set GR_DEVICE to cpu"
+        )
+    return "cpu"
+
+
 def test_data() -> Path | None:
     """Return the folder of real data sets for tests (`GR_TEST_DATA`), or None."""
     configured = os.environ.get("GR_TEST_DATA")

@@ -101,5 +101,6 @@ def pipeline_home(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         # One thread: two that wait for each other stand still when other programs use the cores.
         patch.setenv("GR_THREADS", "1")
+        patch.setenv("GR_DEVICE", "cpu")
         pipeline.materialize(home, dagster_home, recipe="tiny")
     return home

@@ -65,7 +65,9 @@ def _figures(facts: dict[str, Any]) -> Iterator[str]:
     """Yield what a training took and what chose its weights."""
     spent = f"{facts['seconds']:,.0f} s, {facts['epochs']} epochs, {facts['tokens_per_s']:,.0f} tokens/s"
     if "pflops_days" in facts:
-        spent += f", {facts['pflops_days']:.3g} PFLOP/s-days, {facts['flops_utilisation']:.0%} of the peak"
+        spent += f", {facts['pflops_days']:.3g} PFLOP/s-days"
+    if "flops_utilisation" in facts:
+        spent += f", {facts['flops_utilisation']:.0%} of the peak"
     yield f"{facts['num_parameters']:,} parameters, {facts['num_users']:,} users; {spent}"
     best = {name: value for name, value in facts["best"].items() if isinstance(value, float) and name != "loss"}
     shown = ", ".join(f"{name} {value:.4f}" for name, value in best.items())

@@ -79,7 +79,7 @@ def evaluate_run(home: Path, ds: str, folder: Path) -> storage.Result:
     spec = evaluation_spec(home, ds, folder)
 
     def build(into: Path) -> dict[str, Any]:
-        model = load_model(folder)
+        model = load_model(folder).to(settings.device())
         dataset = with_features(home, ds, SequenceDataset.current(home, ds), model.config)
         refit = is_refit(dataset, trained_ends(folder, dataset.num_users))
         holdout = leave_one_out(dataset, "test", refit=refit)

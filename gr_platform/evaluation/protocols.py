@@ -1,7 +1,8 @@
 """How a model is judged, leave-one-out or by time: against the whole catalogue or at the exposure itself.
 
 Invariant: a model, the baselines and the server answer the same question: the history is what the split says
-is known, the request comes at the target's time, inactive and (where declared) seen items are not returned.
+is known, the request comes at the target's time, inactive and (where declared) seen items are not returned. A model is
+asked on the device where it is; what it says is judged on the CPU.
 """
 
 from dataclasses import dataclass, replace
@@ -87,7 +88,7 @@ def rank_by_model(
     item_vectors = model.item_vectors().T
 
     def score_block(begin: int, end: int) -> np.ndarray:
-        return (user_vectors[begin:end] @ item_vectors / config.temperature).numpy()
+        return (user_vectors[begin:end] @ item_vectors / config.temperature).cpu().numpy()
 
     return rank_targets(dataset, targets, score_block, exclude_seen=dataset.declaration.exclude_seen == "all")
 
@@ -134,7 +135,7 @@ def judge_by_model(
     logits = [torch.zeros(0, len(model.tasks))]
     for part in _parts(targets):
         batch = _batch(dataset, part, model.config, with_target=True)
-        logits.append(model.logits(batch)[batch.offsets[1:] - 1])
+        logits.append(model.logits(batch).cpu()[batch.offsets[1:] - 1])
     logits_UT = torch.cat(logits).numpy()
     require_finite(logits_UT, "logits")
     return Judged(

@@ -46,7 +46,7 @@ def last_item(work: Work) -> dict[str, Any]:
         raise ValueError(f"cell {work.cell.name} has no recipe to train")
     trained = train(dataset, recipe, work.folder, checkpoint=work.checkpoint, progress=work.progress)
     curve = json.loads((work.folder / CURVES).read_text(encoding="utf-8"))
-    model = load_model(work.folder)
+    model = load_model(work.folder).to(settings.device())
     figures = training_figures(trained, curve)
     if isinstance(model, RetrievalModel):
         figures |= _retrieval(work, model)

@@ -1,13 +1,15 @@
 """Visible events of several users as one jagged batch, and the tokens made of them.
 
-Invariant: without slow series a user's tokens are those of tokens.py, the rule that serving uses (tested).
+Invariant: without slow series a user's tokens are those of tokens.py, the rule that serving uses (tested). Batches lie
+in main memory, where numpy lays out their tokens; a model moves what it reads to the device of its weights.
 
 Legend: B users, L events, E entries of slow series, T tokens.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -27,7 +29,8 @@ class TokenBatch:
     """Jagged tokens: kinds, items, actions, positions int64 [T]; `jagged` holds offsets, times and time buckets.
 
     codes: context columns and slow series (`features.keys_of`) -> int64 [T], 0 where a token has none. answers int64
-    [L]: the token that answers each event (layout.py); last int64 [B]: each user's last one.
+    [L]: the token that answers each event (layout.py); last int64 [B]: each user's last one. These two stay in main
+    memory, where they are chosen from.
     """
 
     kinds: Tensor
@@ -163,22 +166,28 @@ class EventBatch:
         """Return where the tokens that a model of this kind reads lie."""
         return layout(kind, self.offsets.numpy(), self.entries.places)
 
-    def tokens(self, kind: Kind) -> TokenBatch:
-        """Return the tokens that a model of this kind reads."""
+    def moved(self, device: torch.device) -> "EventBatch":
+        """Return the events on a device, for a model that reads them and no tokens: those are laid out before."""
+        tensors = {each.name: value for each in fields(self) if isinstance(value := getattr(self, each.name), Tensor)}
+        moved: dict[str, Any] = {name: value.to(device) for name, value in tensors.items()}
+        return replace(self, **moved, context={name: codes.to(device) for name, codes in self.context.items()})
+
+    def tokens(self, kind: Kind, device: torch.device | str = "cpu") -> TokenBatch:
+        """Return the tokens that a model of this kind reads, on the device of its weights."""
         at = self.layout(kind)
         kinds = np.full(at.num_tokens, EVENT if kind == "retrieval" else ACTION, np.int64)
         kinds[at.starts], kinds[at.entries] = START, FEATURE
         if kind == "ranking":
             kinds[at.events] = ITEM
         times, query_times = self._times(kind, at)
-        jagged = JaggedTimes.of(torch.from_numpy(at.offsets), torch.from_numpy(times), torch.from_numpy(query_times))
+        jagged = (torch.from_numpy(values).to(device) for values in (at.offsets, times, query_times))
         return TokenBatch(
-            kinds=torch.from_numpy(kinds),
-            items=_placed(at, at.events, self.items.numpy()),
-            actions=_placed(at, at.events + (kind == "ranking"), self.actions.numpy()),
-            positions=torch.from_numpy(at.positions),
-            jagged=jagged,
-            codes=self._codes(at),
+            kinds=torch.from_numpy(kinds).to(device),
+            items=_placed(at, at.events, self.items.numpy()).to(device),
+            actions=_placed(at, at.events + (kind == "ranking"), self.actions.numpy()).to(device),
+            positions=torch.from_numpy(at.positions).to(device),
+            jagged=JaggedTimes.of(*jagged),
+            codes={name: codes.to(device) for name, codes in self._codes(at).items()},
             answers=torch.from_numpy(at.answers),
             last=torch.from_numpy(at.last),
         )

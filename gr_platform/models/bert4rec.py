@@ -1,7 +1,7 @@
 """BERT4Rec: a bidirectional Transformer that is trained to name hidden items from what stands on both sides of them.
 
 Invariant: the item and action of a hidden event never reach the encoder; what is hidden is drawn from torch's global
-generator, which the trainer seeds.
+generator of the CPU, which the trainer seeds.
 
 Legend: L events of the batch, T tokens, B users, d embedding_dim.
 Source: Sun et al., "BERT4Rec", CIKM 2019. Ours: pre-norm, the cosine softmax loss of the other retrieval models.
@@ -71,16 +71,10 @@ class BERT4Rec(RetrievalModel):
                 "bert4rec draws its own targets, so negatives cannot be drawn for each of them beforehand; "
                 "set negatives to 'all' or 'shared' in its recipe"
             )
-        hidden = (torch.rand(len(batch.items)) < HIDDEN_SHARE).to(batch.items.device)
+        hidden = torch.rand(len(batch.items)) < HIDDEN_SHARE
         hidden[batch.offsets[1:][batch.offsets.diff() > 0] - 1] = True
         hidden &= (batch.actions & positive_mask) != 0
-        users, targets = unit(self._hidden_rows(batch, hidden)), batch.items[hidden]
-        if not len(targets):
-            return users.sum() * 0.0, 0
-        if negatives is None:
-            return self._full_losses(users, targets).sum(), len(targets)
-        items, targets, negatives = self._drawn(targets, negatives)
-        return self._losses(users, items, targets, negatives).sum(), len(targets)
+        return self._summed(unit(self._hidden_rows(batch, hidden)), batch.items[hidden], negatives)
 
     def user_vectors(self, batch: EventBatch) -> Tensor:
         """Return normalised vectors [B, d] of the users, looking from their request times."""
@@ -94,9 +88,9 @@ class BERT4Rec(RetrievalModel):
 
     def _hidden_rows(self, batch: EventBatch, hidden: Tensor) -> Tensor:
         """Return the rows of the hidden events, bool [L], in order."""
-        tokens = batch.tokens("retrieval")
+        tokens = batch.tokens("retrieval", self.embedding.device)
         hidden_tokens = torch.zeros_like(tokens.kinds, dtype=torch.bool)
-        hidden_tokens[tokens.kinds == EVENT] = hidden.to(tokens.kinds.device)
+        hidden_tokens[tokens.kinds == EVENT] = hidden.to(hidden_tokens.device)
         items, actions = (values.masked_fill(hidden_tokens, 0) for values in (tokens.items, tokens.actions))
         x = self.embedding(tokens.kinds, items, actions, tokens.positions, tokens.jagged.times)
         x = x + hidden_tokens[:, None].to(x.dtype) * self.hidden_item

@@ -92,6 +92,7 @@ class DLRM(RankingModel):
 
     def logits(self, batch: EventBatch) -> Tensor:
         """Return logits [L, tasks] of every event, in order; row i knows the events before i and item i."""
+        batch = batch.moved(self.embedding.device)
         begin = user_begins(batch.offsets)
         bits = (batch.actions[:, None] // self.embedding.action_bits) % 2
         items = self._vectors(batch, begin, ITEM, torch.zeros_like(batch.actions))

@@ -146,6 +146,11 @@ class TokenEmbedding(nn.Module):
             {key: FeatureVectors(words[key], embedding_dim, 0.02 * self.scale) for key in besides}
         )
 
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are, and a model's other ones too."""
+        return self.kinds.device
+
     def forward(
         self,
         kinds: Tensor,

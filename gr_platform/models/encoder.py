@@ -23,7 +23,10 @@ class Encoder(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, x: Tensor, jagged: JaggedTimes, rows: Tensor | None = None) -> Tensor:
-        """Return rows [L, d] of jagged sequences of token vectors x [L, d], or [R, d] of the tokens int64 [R] alone."""
+        """Return rows [L, d] of jagged sequences of token vectors x [L, d], or [R, d] of the tokens int64 [R] alone.
+
+        Rows have the dtype of x, under autocast too; all tensors are on the device of the weights.
+        """
 
     def encode(
         self, x: Tensor, times: Tensor, query_times: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor

@@ -47,4 +47,4 @@ class GRU4Rec(Encoder):
         steps = F.dropout(x, self.dropout, self.training).index_select(0, order)
         hidden = self.gru(PackedSequence(steps, batch_sizes))[0].data
         place = order.argsort()
-        return self.output(hidden.index_select(0, place if rows is None else place[rows]))
+        return self.output(hidden.index_select(0, place if rows is None else place[rows])).to(x.dtype)

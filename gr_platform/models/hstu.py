@@ -1,7 +1,8 @@
 """The HSTU encoder: jagged for training, incremental over cached K/V for serving, one set of weights.
 
 Invariant: K/V of a token depend on tokens up to it alone, so encoding a sequence at once or in any pieces gives the
-same rows. `N` is a constant of the model.
+same rows. `N` is a constant of the model. Under autocast u, v, q, k and the products of a layer are short; its input,
+norms' statistics, rab and sums of attention stay in fp32.
 
 Legend: L tokens in the batch (or new ones of one user), P past tokens, C candidates, H heads, d embedding_dim.
 Source: PAPER section 2.
@@ -27,8 +28,14 @@ from kernels import (
 )
 
 
+def _product_dtype(x: Tensor) -> torch.dtype:
+    """Return what products of x are made in: autocast's dtype inside it, else that of x."""
+    device = x.device.type
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+
+
 def _new_seed(x: Tensor) -> Tensor:
-    """Return a seed int64 [1] on the device of x, drawn from torch's own generator."""
+    """Return a seed int64 [1] on the device of x, drawn from torch's own generator of the CPU on every device."""
     return torch.randint(1 << 62, (1,), dtype=torch.int64).to(x.device)
 
 
@@ -59,7 +66,9 @@ class HSTULayer(nn.Module):
     def _project(self, x: Tensor, backend: Backend | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return u [L, H * v_dim], v [L, H, v_dim], q and k [L, H, qk_dim] of x [L, d], views of one tensor."""
         v_width, qk_width = self.num_heads * self.v_dim, self.num_heads * self.qk_dim
-        u, v, q, k = uvqk(x, self.uvqk, backend=backend).split([v_width, v_width, qk_width, qk_width], dim=-1)
+        dtype = _product_dtype(x)
+        projected = uvqk(x.to(dtype), self.uvqk.to(dtype), backend=backend)
+        u, v, q, k = projected.split([v_width, v_width, qk_width, qk_width], dim=-1)
         by_qk_head, by_v_head = (self.num_heads, self.qk_dim), (self.num_heads, self.v_dim)
         return u, v.unflatten(-1, by_v_head), q.unflatten(-1, by_qk_head), k.unflatten(-1, by_qk_head)
 
@@ -67,8 +76,14 @@ class HSTULayer(nn.Module):
         """Return the layer's output [L, d] from its input, the attention output [L, H, v_dim] and the gate u."""
         dropout = self.dropout if self.training else 0.0
         seed = _new_seed(x) if dropout else None
-        weight, bias = self.output.weight, self.output.bias
-        return norm_gate_linear(attention.flatten(1), u, weight, bias, x, dropout=dropout, seed=seed, backend=backend)
+        weight, bias = (part.to(u.dtype) for part in (self.output.weight, self.output.bias))
+        # Under autocast the sum over layers stays as wide as x, so a short branch is added to nothing first.
+        wide = u.dtype == x.dtype
+        onto = x if wide else u.new_zeros(1, x.shape[1]).expand(x.shape)
+        branch = norm_gate_linear(
+            attention.flatten(1), u, weight, bias, onto, dropout=dropout, seed=seed, backend=backend
+        )
+        return branch if wide else x + branch
 
     def forward(self, x: Tensor, jagged: JaggedTimes, rows: Tensor | None = None) -> Tensor:
         """Return [L, d] for whole jagged sequences, or [R, d] of the tokens `rows` alone."""

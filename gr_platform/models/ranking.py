@@ -66,11 +66,11 @@ class RankingModel(nn.Module):
 
     def logits(self, batch: EventBatch) -> Tensor:
         """Return logits [L, tasks] of every event, in order; row i knows the events before i and item i."""
-        tokens = batch.tokens("ranking")
+        tokens = batch.tokens("ranking", self.embedding.device)
         x = self.embedding(
             tokens.kinds, tokens.items, tokens.actions, tokens.positions, tokens.jagged.times, tokens.codes
         )
-        return self.heads(self.encoder(x, tokens.jagged, tokens.answers))
+        return self.heads(self.encoder(x, tokens.jagged, tokens.answers.to(x.device)))
 
     def loss(self, batch: EventBatch, *, task_masks: list[int]) -> tuple[Tensor, int]:
         """Return the sum over events of the mean binary cross entropy over tasks, and the number of events.
@@ -80,7 +80,7 @@ class RankingModel(nn.Module):
         masks = torch.tensor(task_masks, dtype=torch.int64)
         labels = (batch.actions[:, None] & masks[None, :]) != 0
         logits = self.logits(batch)
-        losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits.dtype), reduction="sum")
+        losses = F.binary_cross_entropy_with_logits(logits, labels.to(logits), reduction="sum")
         return losses / len(self.tasks), len(logits)
 
     @torch.no_grad()
@@ -90,6 +90,6 @@ class RankingModel(nn.Module):
 
     def _score_user(self, batch: EventBatch, user: int, candidates: Tensor) -> Tensor:
         if not len(candidates):
-            return torch.zeros(0, len(self.tasks))
+            return torch.zeros(0, len(self.tasks), device=self.embedding.device)
         asked = batch.asked(user, candidates)
-        return torch.sigmoid(self.logits(asked)[asked.offsets[1:] - 1])
+        return torch.sigmoid(self.logits(asked)[asked.offsets[1:].to(self.embedding.device) - 1])

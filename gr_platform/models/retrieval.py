@@ -20,7 +20,8 @@ UNIT_EPS = 1e-6
 
 
 def unit(x: Tensor) -> Tensor:
-    """Return x with rows of length one (eps 1e-6)."""
+    """Return x with rows of length one (eps 1e-6), in fp32 or wider: of what autocast made short, too."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
     return x / torch.clamp(torch.linalg.vector_norm(x, dim=-1, keepdim=True), min=UNIT_EPS)
 
 
@@ -51,11 +52,11 @@ class RetrievalModel(nn.Module):
 
     def _rows(self, batch: EventBatch, choose: Callable[[TokenBatch], Tensor]) -> Tensor:
         """Return the rows of the tokens that `choose` names."""
-        tokens = batch.tokens("retrieval")
+        tokens = batch.tokens("retrieval", self.embedding.device)
         x = self.embedding(
             tokens.kinds, tokens.items, tokens.actions, tokens.positions, tokens.jagged.times, tokens.codes
         )
-        return self.encoder(x, tokens.jagged, choose(tokens))
+        return self.encoder(x, tokens.jagged, choose(tokens).to(x.device))
 
     def loss(self, batch: EventBatch, *, negatives: Tensor | None, positive_mask: int) -> tuple[Tensor, int]:
         """Return the sum of the targets' softmax losses and the number of targets.
@@ -65,12 +66,16 @@ class RetrievalModel(nn.Module):
         """
         is_target = target_events(batch, positive_mask)
         users = unit(self._rows(batch, lambda tokens: tokens.answers[is_target]))
-        targets = batch.target_items[is_target]
+        return self._summed(users, batch.target_items[is_target], negatives)
+
+    def _summed(self, users: Tensor, targets: Tensor, negatives: Tensor | None) -> tuple[Tensor, int]:
+        """Return the sum of the losses of users [T, d] and T; targets int64 [T] and negatives are in main memory."""
         if not len(targets):
             return users.sum() * 0.0, 0
+        targets = targets.to(users.device)
         if negatives is None:
             return self._full_losses(users, targets).sum(), len(targets)
-        items, targets, negatives = self._drawn(targets, negatives)
+        items, targets, negatives = self._drawn(targets, negatives.to(users.device))
         return self._losses(users, items, targets, negatives).sum(), len(targets)
 
     def _full_losses(self, users: Tensor, targets: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """A resumable state of training as one safetensors file: weights, best weights, optimiser; its header holds JSON.
 
 Invariant: one file replaced by one rename, so a checkpoint is whole or absent; nothing in it is pickled. It says what
-it is of, and serves nothing else.
+it is of, and serves nothing else. Where its tensors were, CPU or GPU, it does not say: they go to the model's device.
 """
 
 import json

@@ -65,8 +65,8 @@ class Epoch:
         self.ranks, self.of, self.progress = ranks, of, progress
         training = recipe.training
         wanted = {"auto": ranks.device != "cpu", "bf16": True, "fp32": False}[training.precision]
-        device_type = torch.device(ranks.device).type
-        self.autocast = torch.autocast(device_type, dtype=torch.bfloat16, enabled=wanted)
+        # Of the loss and its gradients alone: weights, optimiser and validation are in fp32.
+        self.autocast = torch.autocast(torch.device(ranks.device).type, dtype=torch.bfloat16, enabled=wanted)
 
     def __call__(self, model: Model, optimizer: Optimizer, done: Progress) -> None:
         """Train what is left of the epoch at `done.cursor`, validate where the phase does, record both, save."""

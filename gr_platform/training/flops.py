@@ -160,14 +160,16 @@ ENCODER_PRODUCTS: dict[str, Callable[[ModelConfig, Work], int]] = {
 }
 
 
-def run_facts(train_flops: float, seconds: float, peak_gflops: float) -> dict[str, float]:
+def run_facts(train_flops: float, seconds: float, peak_gflops: float | None) -> dict[str, float]:
     """Return the compute of a whole run as facts: train_flops, pflops_days, mm_peak_gflops, flops_utilisation.
 
-    seconds: what the counted steps took, validation apart. flops_utilisation: their FLOPs a second over the peak.
+    seconds: what the counted steps took, validation apart. flops_utilisation: their FLOPs a second over the peak; the
+    last two are left out where the peak is not known.
     """
-    return {
-        "train_flops": train_flops,
-        "pflops_days": train_flops / PFLOPS_DAY,
+    facts = {"train_flops": train_flops, "pflops_days": train_flops / PFLOPS_DAY}
+    if peak_gflops is None:
+        return facts
+    return facts | {
         "mm_peak_gflops": peak_gflops,
         "flops_utilisation": train_flops / max(seconds, 1e-9) / (1e9 * peak_gflops),
     }

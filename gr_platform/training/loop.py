@@ -1,8 +1,9 @@
 """Training from sequences to a chosen set of weights, resumable in the middle of an epoch.
 
-Invariant: a run that was killed and started again ends with weights bit-equal to those of an uninterrupted one, because
-every draw is a function of (seed, epoch or step) and the state between two steps is one file. The number of epochs is
-chosen on the validation split; what a model is tested on is never read.
+Invariant: a run that was killed and started again ends on the CPU with weights bit-equal to those of an uninterrupted
+one, because every draw is a function of (seed, epoch or step) and the state between two steps is one file; a GPU adds
+up gradients in any order. The number of epochs is chosen on the validation split; what a model is tested on is never
+read.
 """
 
 import json
@@ -71,7 +72,9 @@ def train(
         dataset, recipe, folder, validation=validation, test=test, warm_start=warm_start, ranks=ranks, progress=progress
     )
     run.of |= {"model_version": MODEL_VERSION, "trainer_version": TRAINER_VERSION}
-    with torch.random.fork_rng(devices=[]):
+    # Seeds are set for every step: the caller's generators, the GPU's too, go on as if nothing was drawn.
+    devices = [] if ranks.device == "cpu" else [ranks.device]
+    with torch.random.fork_rng(devices, device_type=torch.device(ranks.device).type):
         outcome = run()
     if ranks.first:
         _write(out, run, outcome)
@@ -205,6 +208,8 @@ def _facts(run: Run, outcome: Outcome) -> dict[str, Any]:
     chosen_on = [entry for entry in done.curves if entry["phase"] == "validation"]
     best = chosen_on[done.best_epoch]
     seconds = sum(done.seconds)
+    # What `torch.mm` reaches on the CPU says nothing of a GPU.
+    peak = peak_gflops() if run.ranks.device == "cpu" else None
     return {
         "best": {name: v for name, v in best.items() if name not in ("phase", "tokens", "num_targets")},
         "best_epoch": done.best_epoch,
@@ -213,7 +218,7 @@ def _facts(run: Run, outcome: Outcome) -> dict[str, Any]:
         "refit_epochs": len(done.curves) - len(chosen_on),
         "seconds": seconds,
         "tokens_per_s": sum(entry["tokens"] for entry in done.curves) / max(seconds, 1e-9),
-        **run_facts(sum(done.flops), seconds, peak_gflops()),
+        **run_facts(sum(done.flops), seconds, peak),
         "num_parameters": outcome.num_parameters,
         "num_users": len(outcome.rows),
         "dataset_digest": run.dataset.digest,

@@ -34,7 +34,7 @@ class Objective(Protocol):
         ...
 
     def loss(self, model: Model, batch: EventBatch, step: int, first_target: int = 0) -> tuple[torch.Tensor, int]:
-        """Return the sum of the losses of the batch's targets and the number of targets.
+        """Return the sum of the losses of the batch's targets, on the model's device, and the number of targets.
 
         first_target: how many targets with negatives of their own the step has before the batch's.
         """

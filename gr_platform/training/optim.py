@@ -46,7 +46,7 @@ def decaying(model: nn.Module) -> list[nn.Parameter]:
 
 
 class Optimizer:
-    """The optimiser of a run, over the weights of `model` that require gradients."""
+    """The optimiser of a run, over the weights of `model` that require gradients, on the device where they are now."""
 
     def __init__(self, model: nn.Module, training: TrainingConfig) -> None:
         self.training, self.num_steps = training, 0
@@ -131,7 +131,7 @@ class Optimizer:
             if slot == AVERAGE:
                 self.average[name].copy_(value)
                 continue
-            # Rowwise AdamW counts its steps as a Python integer, AdamW as a tensor.
+            # Rowwise AdamW counts its steps as a Python integer, AdamW as a tensor beside the weight: it is fused.
             counts = slot == "step" and not value.is_floating_point()
             part_of[id(weight)].state[weight][slot] = int(value) if counts else value.to(weight.device)
 

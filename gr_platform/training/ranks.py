@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from gr_platform import settings
 from gr_platform.errors import UserError
 
 T = TypeVar("T")
@@ -33,7 +34,10 @@ class LostProcess(UserError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Ranks:
-    """This process's place among those of a run; the methods are calls that all of them make together."""
+    """This process's place among those of a run; the methods are calls that all of them make together.
+
+    device: where its model is, `cpu`, `cuda` or `cuda:<number>`.
+    """
 
     rank: int = 0
     num_ranks: int = 1
@@ -41,8 +45,8 @@ class Ranks:
 
     @staticmethod
     def alone() -> "Ranks":
-        """Return the place of a process that trains by itself."""
-        return Ranks()
+        """Return the place of a process that trains by itself. Raises UserError as `settings.device` does."""
+        return Ranks(device=settings.device())
 
     @property
     def first(self) -> bool:
@@ -95,17 +99,31 @@ class Ranks:
 
 @contextmanager
 def joined() -> Iterator[Ranks]:
-    """Yield this process's place in the run that torchrun started, over gloo.
+    """Yield this process's place in the run that torchrun started: over gloo, or over nccl with a GPU of its own.
 
-    Raises UserError outside torchrun.
+    Raises UserError outside torchrun, for fewer GPUs than processes, and as `settings.device` does.
     """
     if "LOCAL_RANK" not in os.environ:
         raise UserError("this module is run by torchrun; start it with python -m torch.distributed.run")
-    dist.init_process_group(backend="gloo", timeout=LONGEST_WAIT)
+    device, backend = settings.device(), "gloo"
+    if device == "cuda":
+        device, backend = _own_gpu(int(os.environ["LOCAL_RANK"])), "nccl"
+        # Before anything is sent: nccl talks from the GPU that is the current one.
+        torch.cuda.set_device(device)
+    dist.init_process_group(backend=backend, timeout=LONGEST_WAIT)
     try:
-        yield Ranks(rank=dist.get_rank(), num_ranks=dist.get_world_size())
+        yield Ranks(rank=dist.get_rank(), num_ranks=dist.get_world_size(), device=device)
     finally:
         dist.destroy_process_group()
+
+
+def _own_gpu(local_rank: int) -> str:
+    found = torch.cuda.device_count()
+    if local_rank >= found:
+        raise UserError(
+            f"torch sees fewer GPUs ({found}) than there are processes; start at most {found}, or set GR_DEVICE to cpu"
+        )
+    return f"cuda:{local_rank}"
 
 
 @contextmanager

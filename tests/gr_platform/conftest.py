@@ -18,9 +18,13 @@ FIRST_ITEM = 1 + NUM_OOV
 
 @pytest.fixture(scope="session", autouse=True)
 def _one_thread() -> Iterator[None]:
-    """Small products gain nothing from threads, and two of them on a busy machine wait for each other."""
+    """Small products gain nothing from threads, and two of them on a busy machine wait for each other.
+
+    Bits are promised on the CPU alone, so a GPU is for the tests that say so.
+    """
     with pytest.MonkeyPatch.context() as patched:
         patched.setenv("GR_THREADS", "1")
+        patched.setenv("GR_DEVICE", "cpu")
         torch.set_num_threads(1)
         yield
 

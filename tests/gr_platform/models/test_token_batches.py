@@ -42,7 +42,7 @@ def make_batch(lengths, seed=0, *, dropped=False, entries=()):
     return EventBatch.of_arrays(offsets, joined[0], requests, joined[1], context=context, entries=said)
 
 
-def user_by_user(batch, kind):
+def user_by_user(batch, kind, device="cpu"):
     """Return the tokens of a batch without entries as tokens.py makes them."""
     build = ranking_tokens if kind == "ranking" else retrieval_tokens
     bounds = [slice(*span) for span in pairwise(batch.offsets.tolist())]
