@@ -91,7 +91,8 @@ def _ingredients(ds: str) -> list[Cell]:
     changed = {
         "authors": ("the authors' training: batches of 128, constant rate, last 200", base.with_training(**authors)),
         "last-windows": ("the last 200 events of a history alone", base.with_training(windows="last")),
-        "shared-1024": ("1,024 negatives a step", base.with_training(negatives="shared", num_negatives=1024)),
+        "shared": ("1,024 negatives a step", base.with_training(negatives="shared", num_negatives=1024)),
+        "more-negatives": ("512 negatives a target", base.with_training(num_negatives=512)),
         "all-items": ("softmax over all items", base.with_training(negatives="all")),
         "features": ("genres, gender, age, occupation", replace(base, name="ml_1m-features", model=read)),
         "no-ratings": ("no ratings in the tokens", replace(base, model=replace(base.model, use_actions=False))),

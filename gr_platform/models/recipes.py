@@ -71,15 +71,14 @@ def ml_1m_large(kind: Kind) -> Recipe:
 
 
 def ml_1m_features(kind: Kind) -> Recipe:
-    """Return HSTU-large that also reads genres and who the viewers are, against 1,024 negatives a step (retrieval).
+    """Return HSTU-large that also reads genres and who the viewers are, against 512 negatives for each target.
 
     Needs MovieLens-1M's movies.dat and users.dat imported (docs/data.md, Features). Without a bundle: requests do not
     carry what is known of users.
     """
     base = ml_1m_large(kind)
     model = replace(base.model, item_features=("genres",), user_features=("gender", "age", "occupation"))
-    changed = replace(base, name="ml_1m_features", model=model)
-    return changed if kind == "ranking" else changed.with_training(negatives="shared", num_negatives=1024)
+    return replace(base, name="ml_1m_features", model=model).with_training(num_negatives=512)
 
 
 def ml_20m(kind: Kind) -> Recipe:
