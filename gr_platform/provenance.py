@@ -17,12 +17,21 @@ def git_commit() -> str | None:
     return done.stdout.strip()
 
 
-def machine() -> str:
-    """Return the processor, usable cores, compute threads and Python of this machine in one line."""
+def machine(device: str = "cpu") -> str:
+    """Return the processor, usable cores, compute threads and Python of this machine in one line.
+
+    device: where models compute; a GPU is named first.
+    """
     model = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
     threads = f"{settings.num_cores()} cores, {settings.num_threads()} compute threads"
-    return f"{model}, {threads}, Python {platform.python_version()}"
+    line = f"{model}, {threads}, Python {platform.python_version()}"
+    if device == "cpu":
+        return line
+    # Not at the top: most callers need no torch.
+    import torch
+
+    return f"{torch.cuda.get_device_name(device)} beside {line}, torch {torch.__version__}"

@@ -28,6 +28,7 @@ from gr_platform.sequences.reader import Batch
 from gr_platform.sequences.window import window_starts
 from gr_platform.training.batches import training_batch, training_reader
 from gr_platform.training.checkpoint import Progress, load_checkpoint, save_checkpoint
+from gr_platform.training.epoch import autocast
 from gr_platform.training.flops import PFLOPS_DAY, step_flops
 from gr_platform.training.memory import keep_freed_memory
 from gr_platform.training.objectives import RetrievalObjective
@@ -140,6 +141,7 @@ class Pass:
     def __init__(self, work: Work, batches: Batches, segment: int) -> None:
         self.work, self.batches, self.segment = work, batches, segment
         self.dataset, self.recipe = batches.dataset, batches.recipe
+        self.device = settings.device()
         self.objective = RetrievalObjective(self.dataset, self.recipe)
         training = self.recipe.training
         catalogue = self.dataset.vocabulary.num_items
@@ -154,8 +156,9 @@ class Pass:
         """
         torch.set_num_threads(settings.num_threads())
         keep_freed_memory()
-        with torch.random.fork_rng(devices=[]):
-            model = self._model()
+        devices = [] if self.device == "cpu" else [self.device]
+        with torch.random.fork_rng(devices, device_type=torch.device(self.device).type):
+            model = self._model().to(self.device)
             optimizer = Optimizer(model, self.recipe.training)
             saved = load_checkpoint(self.work.checkpoint)
             done = saved.restore(model, optimizer) if saved else Progress()
@@ -196,7 +199,8 @@ class Pass:
         label, disable = f"{self.work.cell.name} to step {steps.stop}/{num_steps}", None if self.work.progress else True
         for step in tqdm(steps, desc=label, disable=disable, leave=False):
             batch = training_batch(self.batches(step))
-            loss, targets = self.objective.loss(model, batch, step)
+            with autocast(self.recipe.training, self.device):
+                loss, targets = self.objective.loss(model, batch, step)
             optimizer.zero_grad()
             loss.backward()
             optimizer.step(max(1, targets), step / num_steps)

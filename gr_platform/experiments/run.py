@@ -16,7 +16,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from gr_platform import provenance, storage
+from gr_platform import provenance, settings, storage
 from gr_platform.errors import UserError
 from gr_platform.experiments import data
 from gr_platform.experiments.experiment import Cell, Experiment
@@ -169,7 +169,7 @@ def _spec(cell: Cell, sequences: str, features: str = "") -> dict[str, Any]:
 
 def _provenance() -> dict[str, Any]:
     return {
-        "machine": provenance.machine(),
+        "machine": provenance.machine(settings.device()),
         "commit": provenance.git_commit(),
         "date": datetime.now(UTC).date().isoformat(),
     }

@@ -52,6 +52,7 @@ def ml_1m(kind: Kind) -> Recipe:
         training=TrainingConfig(max_epochs=30, batch_size=32, patience=4, refit=True)
         if ranking
         else TrainingConfig(
+            learning_rate=4e-3,
             schedule="cosine",
             batch_size=32,
             max_epochs=32,
@@ -71,14 +72,14 @@ def ml_1m_large(kind: Kind) -> Recipe:
 
 
 def ml_1m_features(kind: Kind) -> Recipe:
-    """Return HSTU-large that also reads genres and who the viewers are, against 512 negatives for each target.
+    """Return HSTU-large that also reads genres and who the viewers are, against all items instead of drawn ones.
 
     Needs MovieLens-1M's movies.dat and users.dat imported (docs/data.md, Features). Without a bundle: requests do not
     carry what is known of users.
     """
     base = ml_1m_large(kind)
     model = replace(base.model, item_features=("genres",), user_features=("gender", "age", "occupation"))
-    return replace(base, name="ml_1m_features", model=model).with_training(num_negatives=512)
+    return replace(base, name="ml_1m_features", model=model).with_training(negatives="all")
 
 
 def ml_20m(kind: Kind) -> Recipe:

@@ -23,7 +23,7 @@ from gr_platform.errors import UserError
 from gr_platform.evaluation.ranks import NonFiniteScores
 from gr_platform.models.batch import EventBatch
 from gr_platform.models.build import Model
-from gr_platform.models.config import Recipe
+from gr_platform.models.config import Recipe, TrainingConfig
 from gr_platform.sequences.reader import Batch, Reader
 from gr_platform.training import checkpoint
 from gr_platform.training.batches import training_batch
@@ -63,10 +63,6 @@ class Epoch:
     ) -> None:
         self.reader, self.recipe, self.objective, self.folder = reader, recipe, objective, folder
         self.ranks, self.of, self.progress = ranks, of, progress
-        training = recipe.training
-        wanted = {"auto": ranks.device != "cpu", "bf16": True, "fp32": False}[training.precision]
-        # Of the loss and its gradients alone: weights, optimiser and validation are in fp32.
-        self.autocast = torch.autocast(torch.device(ranks.device).type, dtype=torch.bfloat16, enabled=wanted)
 
     def __call__(self, model: Model, optimizer: Optimizer, done: Progress) -> None:
         """Train what is left of the epoch at `done.cursor`, validate where the phase does, record both, save."""
@@ -135,7 +131,7 @@ class Epoch:
         for number, batch in enumerate(batches):
             place = number * ranks.num_ranks + ranks.rank
             torch.manual_seed(torch_seed(training.seed, "dropout", step, place))
-            with self.autocast:
+            with autocast(training, ranks.device):
                 loss, num_targets = self.objective.loss(model, batch, step, before[number])
             loss.backward()
             mine = (float(loss.detach()), num_targets, *self._work(batch, num_targets))
@@ -188,6 +184,12 @@ class Epoch:
             f"the loss is {loss} at epoch {epoch}, step {step}; the batch's users stand in {self.folder.name}/{name}, "
             "the last checkpoint is kept there; lower the recipe's learning_rate"
         )
+
+
+def autocast(training: TrainingConfig, device: str) -> torch.autocast:
+    """Return what a loss is computed inside of: weights, optimiser and validation stay in fp32."""
+    wanted = {"auto": device != "cpu", "bf16": True, "fp32": False}[training.precision]
+    return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=wanted)
 
 
 def grouped(values: Iterable[T], size: int) -> Iterator[list[T]]:
