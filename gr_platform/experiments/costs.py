@@ -16,7 +16,8 @@ SIZES = ((16, 1, 1, 3.0), (32, 2, 1, 8.0), (64, 4, 2, 25.0), (128, 6, 4, 75.0))
 
 def generative_training() -> Experiment:
     """Return generative against impression-level training."""
-    base = named("ml_1m", "retrieval").with_training(batch_size=128, schedule="constant", windows="last")
+    steady = {"learning_rate": 1e-3, "schedule": "constant", "batch_size": 128, "windows": "last"}
+    base = named("ml_1m", "retrieval").with_training(**steady)
     smoke = {"num_steps": 4, "segment": 2, "max_users": 50}
     # 47 batches of 128 users are an epoch.
     generative = {"examples": "generative", "num_steps": 1_410, "segment": 47, "max_users": 2_000, "smoke": smoke}

@@ -85,11 +85,19 @@ def ml_1m() -> Experiment:
 def _ingredients(ds: str) -> list[Cell]:
     """Return HSTU with one choice of its recipe undone, or one of those of HSTU-large with features added."""
     base = named("ml_1m", "retrieval")
-    authors = {"batch_size": 128, "schedule": "constant", "max_epochs": 101, "patience": 20, "windows": "last"}
+    authors = {
+        "learning_rate": 1e-3,
+        "batch_size": 128,
+        "schedule": "constant",
+        "max_epochs": 101,
+        "patience": 20,
+        "windows": "last",
+    }
     features = named("ml_1m_features", "retrieval").model
     read = replace(base.model, item_features=features.item_features, user_features=features.user_features)
     changed = {
-        "authors": ("the authors' training: batches of 128, constant rate, last 200", base.with_training(**authors)),
+        "authors": ("the authors' training: batches of 128, rate .001, last 200", base.with_training(**authors)),
+        "slower": ("learning rate .001", base.with_training(learning_rate=1e-3)),
         "last-windows": ("the last 200 events of a history alone", base.with_training(windows="last")),
         "shared": ("1,024 negatives a step", base.with_training(negatives="shared", num_negatives=1024)),
         "more-negatives": ("512 negatives a target", base.with_training(num_negatives=512)),
