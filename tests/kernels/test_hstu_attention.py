@@ -423,5 +423,5 @@ def test_on_a_gpu_kernels_equal_the_reference(case, dim, dtype):
     if dtype == torch.float32:
         assert_close(ours, truth)
     else:
-        ratios = [rms_ratio(a, b) for a, b in zip(ours, truth, strict=True) if b.abs().max() > 0]
+        ratios = [rms_ratio(a, b) for a, b in zip(ours, truth, strict=True) if b.count_nonzero()]
         assert max(ratios, default=0.0) <= (5e-3 if dtype == torch.float16 else 3e-2)
