@@ -27,7 +27,8 @@ def machine(device: str = "cpu") -> str:
     if cpuinfo.exists():
         lines = cpuinfo.read_text(encoding="utf-8").splitlines()
         model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
-    threads = f"{settings.num_cores()} cores, {settings.num_threads()} compute threads"
+    counts = {"core": settings.num_cores(), "compute thread": settings.num_threads()}
+    threads = ", ".join(f"{count} {what}{'s' if count > 1 else ''}" for what, count in counts.items())
     line = f"{model}, {threads}, Python {platform.python_version()}"
     if device == "cpu":
         return line

@@ -36,11 +36,23 @@ def provenance(report: Report) -> str:
 
     sequences = every(f"{row['dataset']} {row['sequences'][:12]}" for row in rows if row["dataset"])
     commits = every(row["commit"][:10] for row in rows if row["commit"])
+    lettered = machines(report)
+    computed = (
+        "; ".join(f"machine {letter}: {machine}" for machine, letter in lettered.items())
+        if len(lettered) > 1
+        else f"machine: {every(lettered)}"
+    )
     return (
-        f"`gr experiment {report['name']}`; machine: {every(row['machine'] for row in rows)}; "
+        f"`gr experiment {report['name']}`; {computed}; "
         f"date: {every(row['date'] for row in rows)}; commit: {commits}; "
         f"seeds: {every(row['seed'] for row in rows)}; sequences: {sequences}. Digests stand in the JSON file."
     )
+
+
+def machines(report: Report) -> dict[str, str]:
+    """Return the letter that each machine of the rows goes by."""
+    found = sorted({row["machine"] for row in report["rows"]})
+    return {machine: chr(ord("A") + place) for place, machine in enumerate(found)}
 
 
 def tables(report: Report) -> list[str]:
@@ -51,14 +63,17 @@ def tables(report: Report) -> list[str]:
 def table_of(report: Report, table: Mapping[str, Any], figures: Iterable[str] = ()) -> str:
     """Return one table of a report; figures: the columns to show, all of them if none is named."""
     columns: dict[str, str] = {name: table["columns"][name] for name in figures} or table["columns"]
-    labels = by_label(report["rows"], table["group"])
-    lines = [_line(["", *columns.values(), "seeds"]), _line(["---", *("---:" for _ in columns), "---:"])]
+    labels, lettered = by_label(report["rows"], table["group"]), machines(report)
+    # Where several computed, costs can be compared on one of them alone.
+    last = ["seeds", "machine"] if len(lettered) > 1 else ["seeds"]
+    lines = [_line(["", *columns.values(), *last]), _line(["---", *("---:" for _ in (*columns, *last))])]
     for label, rows in labels.items():
         cells = [cell_of(means(rows, figure)) for figure in columns]
-        lines.append(_line([label, *cells, str(len(rows))]))
+        computed = "".join(sorted({lettered[row["machine"]] for row in rows}))
+        lines.append(_line([label, *cells, *[str(len(rows)), computed][: len(last)]]))
     for each in table["published"]:
         cells = [number(each["figures"][name]) if name in each["figures"] else "" for name in columns]
-        lines.append(_line([f"*{each['label']}*", *cells, ""]))
+        lines.append(_line([f"*{each['label']}*", *cells, *("" for _ in last)]))
     title = f"**{table['title']}**\n\n" if table["title"] else ""
     return title + "\n".join(lines)
 
@@ -106,14 +121,17 @@ def plot(report: Report) -> bytes:
         for axis, name in zip(axes, names, strict=True):
             shown(axis, report, name)
 
-    return _png(draw, len(names))
+    height = 3.2
+    if wanted["kind"] == "bars":
+        height = max(height, 0.6 + 0.17 * len(_bars_of(report, names[0])))
+    return _png(draw, len(names), height)
 
 
-def _png(draw: Callable[[list["Axes"]], None], num_panels: int) -> bytes:
+def _png(draw: Callable[[list["Axes"]], None], num_panels: int, height: float = 3.2) -> bytes:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(max(7.2, 3.6 * num_panels), 3.2), dpi=80, layout="constrained")
+    figure = Figure(figsize=(max(7.2, 3.6 * num_panels), height), dpi=80, layout="constrained")
     FigureCanvasAgg(figure)
     axes = [figure.add_subplot(1, num_panels, index + 1) for index in range(num_panels)]
     draw(axes)
@@ -140,14 +158,31 @@ def compute_plot(runs: Sequence[tuple[str, str, float, float]]) -> bytes:
     return _png(draw, max(1, len(datasets)))
 
 
+Bar = tuple[str, float, float | None]
+
+
+def _bars_of(report: Report, name: str) -> list[Bar]:
+    """Return label, mean and deviation of the plotted rows that have the figure, published ones (no deviation) last."""
+    group = report["plot"]["group"]
+    ours = {label: means(rows, name) for label, rows in by_label(report["rows"], group).items()}
+    quoted = [each for table in report["tables"] if table["group"] == group for each in table["published"]]
+    return [(label, found[0], found[1] or 0.0) for label, found in ours.items() if found is not None] + [
+        (each["label"], each["figures"][name], None) for each in quoted if name in each["figures"]
+    ]
+
+
 def _bars(axis: "Axes", report: Report, name: str) -> None:
-    found = {label: means(rows, name) for label, rows in by_label(report["rows"], report["plot"]["group"]).items()}
-    shown = [(label, *value[:2]) for label, value in found.items() if value is not None]
-    labels, heights, deviations = zip(*shown, strict=True) if shown else ((), (), ())
-    axis.barh(range(len(labels)), heights, xerr=[each or 0.0 for each in deviations], height=0.6)
-    axis.set_yticks(range(len(labels)), labels)
+    bars = _bars_of(report, name)
+    for place, (_, value, deviation) in enumerate(bars):
+        color = "lightgrey" if deviation is None else "tab:blue"
+        axis.barh(place, value, xerr=deviation or None, height=0.7, color=color)
+    panel, labels = axis.get_subplotspec(), [bar[0] for bar in bars]
+    # Panels side by side share their labels where every row has both figures.
+    if panel is not None and not panel.is_first_col() and len(bars) == len(_bars_of(report, report["plot"]["y"][0])):
+        labels = [""] * len(bars)
+    axis.set_yticks(range(len(bars)), labels, fontsize=7)
     axis.invert_yaxis()
-    axis.set_xlabel(name)
+    axis.set_xlabel(_said(report, name))
 
 
 def _points(axis: "Axes", report: Report, name: str) -> None:
@@ -162,7 +197,7 @@ def _points(axis: "Axes", report: Report, name: str) -> None:
     if fit and xs:
         ends = (min(xs), max(xs))
         axis.plot(ends, [fit["factor"] * x ** fit["exponent"] for x in ends], "k--", label="fitted power law")
-    _scales(axis, wanted, name)
+    _scales(axis, report, name)
 
 
 def _curves(axis: "Axes", report: Report, name: str) -> None:
@@ -171,11 +206,17 @@ def _curves(axis: "Axes", report: Report, name: str) -> None:
         shown = [(entry[wanted["x"]], entry[name]) for entry in rows[0].get("curve", []) if wanted["x"] in entry]
         if shown:
             axis.plot(*zip(*shown, strict=True), marker="o", markersize=3, label=label)
-    _scales(axis, wanted, name)
+    _scales(axis, report, name)
 
 
-def _scales(axis: "Axes", wanted: Mapping[str, Any], name: str) -> None:
-    axis.set(xlabel=wanted["x"], ylabel=name)
+def _said(report: Report, name: str) -> str:
+    """Return what a table calls a figure."""
+    return next((str(table["columns"][name]) for table in report["tables"] if name in table["columns"]), name)
+
+
+def _scales(axis: "Axes", report: Report, name: str) -> None:
+    wanted = report["plot"]
+    axis.set(xlabel=_said(report, wanted["x"]), ylabel=_said(report, name))
     if wanted["log_x"]:
         axis.set_xscale("log")
     if wanted["log_y"]:

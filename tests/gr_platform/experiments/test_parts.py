@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from types import ModuleType
+from typing import Any
 
 import numpy as np
 import pytest
@@ -110,6 +111,34 @@ def test_means_are_over_seeds_with_the_sample_deviation() -> None:
     assert means(rows[:1], "x") == (1.0, None, 1)
     assert means(rows, "y") is None
     assert render.cell_of((2.0, 1.0, 3)) == "2 +- 1"
+
+
+def _report(*machines: str) -> dict[str, Any]:
+    rows = [
+        {"label": label, "group": "main", "machine": machine, "figures": {"x": 0.5}, "dataset": "", "seed": 1}
+        | {"commit": None, "date": "2026-01-01"}
+        for label, machine in zip(("first", "second"), machines, strict=True)
+    ]
+    quoted = [{"label": "theirs", "figures": {"x": 0.25}}, {"label": "silent", "figures": {}}]
+    table = {"title": "", "group": "main", "columns": {"x": "X"}, "published": quoted}
+    return {"name": "some", "rows": rows, "tables": [table], "plot": {"kind": "bars", "y": ["x"], "group": "main"}}
+
+
+def test_rows_of_several_machines_say_which() -> None:
+    found = _report("slow", "fast")
+    assert "machine A: fast; machine B: slow; date" in render.provenance(found)
+    lines = render.tables(found)[0].splitlines()
+    assert lines[0] == "|  | X | seeds | machine |"
+    assert lines[2:5] == ["| first | 0.5000 | 1 | B |", "| second | 0.5000 | 1 | A |", "| *theirs* | 0.2500 |  |  |"]
+    alone = _report("slow", "slow")
+    assert "machine: slow; date" in render.provenance(alone)
+    assert render.tables(alone)[0].splitlines()[2] == "| first | 0.5000 | 1 |"
+
+
+def test_published_figures_stand_below_ours_in_the_picture() -> None:
+    found = _report("slow", "slow")
+    assert render._bars_of(found, "x") == [("first", 0.5, 0.0), ("second", 0.5, 0.0), ("theirs", 0.25, None)]
+    assert render.plot(found).startswith(b"\x89PNG")
 
 
 def test_the_results_page_is_made_of_its_files_alone(load_script: Callable[[str], ModuleType]) -> None:

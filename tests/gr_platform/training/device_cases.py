@@ -11,7 +11,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from gr_platform import settings
 from gr_platform.evaluation.protocols import judge_by_model, rank_by_model
+from gr_platform.experiments.experiment import Cell
+from gr_platform.experiments.passes import Generative, Pass
+from gr_platform.experiments.run import Work
 from gr_platform.models.recipes import tiny
 from gr_platform.training import checkpoint, ranks
 from gr_platform.training.epoch import Epoch
@@ -102,6 +106,22 @@ def test_features_reach_the_device(kind, encoder):
         found = answer(batch, *asked).detach()
         assert isinstance(found, There)
         torch.testing.assert_close(found.cpu(), expected)
+
+
+def test_a_pass_over_examples_works_there(cycle_dataset, tmp_path, monkeypatch):
+    cell = Cell(name="pass", label="pass", dataset="cycle", protocol="examples", recipe=recipe_of("retrieval"))
+
+    def losses(place):
+        work = Work(cell=cell, dataset=cycle_dataset, folder=tmp_path, checkpoint=tmp_path / place, progress=False)
+        model, done = Pass(work, Generative(cycle_dataset, cell.recipe), 2).run(4, lambda model: {})
+        return {weight.device.type for weight in model.parameters()}, [entry["loss"] for entry in done.curves]
+
+    here, expected = losses("here")
+    with pretended_gpu():
+        monkeypatch.setattr(settings, "device", lambda: NAME)
+        there, found = losses("there")
+    assert (here, there) == ({"cpu"}, {NAME})
+    assert found == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("table_optimizer", ["adamw", "rowwise"])
