@@ -31,6 +31,16 @@ _DAT = {
     "item-features": ("movies.dat", ("movie_id", "title", "genres")),
     "user-features": ("users.dat", ("user_id", "gender", "age", "occupation", "zip_code")),
 }
+# What lies beside MovieLens' ratings and is no log.
+_BESIDE_RATINGS = (
+    "movies.dat",
+    "users.dat",
+    "movies.csv",
+    "links.csv",
+    "tags.csv",
+    "genome-scores.csv",
+    "genome-tags.csv",
+)
 # How files are called while something still writes them.
 _UNFINISHED = (".part", ".partial", ".tmp", ".crdownload", ".download")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -86,13 +96,15 @@ def open_source(
 def log_files(folder: Path) -> list[Path]:
     """Return the logs of a folder in the order of their names. Raises UserError if there is none or one is unfinished.
 
-    Left out: hidden files, catalogues, and what has no name of a log.
+    Left out: hidden files, catalogues, what has no name of a log, and what lies beside MovieLens' ratings.
     """
     endings = tuple(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
     files = [path for path in sorted(folder.iterdir()) if path.is_file() and not path.name.startswith((".", "_"))]
     if unfinished := next((path for path in files if path.name.lower().endswith(_UNFINISHED)), None):
         raise UserError(f"{unfinished.name} in {folder.name} is half-written, as its name says; finish or remove it")
     found = [path for path in files if _plain_name(path).endswith(endings) and ".catalogue." not in path.name]
+    if any(_plain_name(path) in ("ratings.dat", "ratings.csv", "ratings.parquet") for path in found):
+        found = [path for path in found if _plain_name(path) not in _BESIDE_RATINGS]
     if not found:
         raise UserError(f"{folder.name} is a folder without a log (.csv, .jsonl, .parquet or .dat); name another")
     return found

@@ -236,6 +236,18 @@ def test_a_folder_lands_as_files_of_one_data_set_in_the_order_of_their_names(hom
         import_folder(tmp_path / "none", home=home)
 
 
+def test_of_a_folder_of_movielens_the_ratings_are_the_log(home, tmp_path):
+    folder = tmp_path / "ml-tiny"
+    folder.mkdir()
+    (folder / "movies.dat").write_text("1::Film (1995)::Drama\n")
+    (folder / "users.dat").write_text("1::F::1::10::48067\n")
+    with pytest.raises(UserError, match=r"movies\.dat"):
+        import_folder(folder, home=home)
+    (folder / "ratings.dat").write_text("".join(f"{n % 12}::{n}::5::{978300760 + n}\n" for n in range(60)))
+    landed = import_folder(folder, home=home)
+    assert [file.entry.source_name for file in landed] == ["ratings.dat"]
+
+
 def test_a_state_folder_with_wildcards_and_equals_signs_in_its_name(tmp_path, rows, write_parquet):
     home = tmp_path / "day=1 [x]*"
     landed = import_file(write_parquet(rows), home=home)
