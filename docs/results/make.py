@@ -24,7 +24,7 @@ FRONT_FIGURES = ("hr_at_10", "hr_at_50", "hr_at_200", "ndcg_at_10", "ndcg_at_200
 BLOCK = re.compile(r"(<!-- (\w+)\.json -->\n).*?(<!-- end -->)", re.DOTALL)
 HEAD = """# Results
 
-The experiments of the paper, run on our machine. Each section is made by [make.py](make.py) from the JSON file beside
+The experiments of the paper, run by us. Each section is made by [make.py](make.py) from the JSON file beside
 this page that `gr experiment NAME --json docs/results/NAME.json` writes; an experiment that did not run has no table.
 Rows in italics are published figures, quoted. Figures with +- are mean and standard deviation over seeds.
 """
