@@ -143,7 +143,7 @@ def retailrocket(kind: Kind) -> Recipe:
             qk_dim=32,
             v_dim=32,
             max_events=100,
-            dropout=0.3,
+            dropout=0.3 if kind == "ranking" else 0.5,
         ),
         training=TrainingConfig(max_epochs=40, patience=4, batch_size=32),
     )
