@@ -32,15 +32,7 @@ _DAT = {
     "user-features": ("users.dat", ("user_id", "gender", "age", "occupation", "zip_code")),
 }
 # What lies beside MovieLens' ratings and is no log.
-_BESIDE_RATINGS = (
-    "movies.dat",
-    "users.dat",
-    "movies.csv",
-    "links.csv",
-    "tags.csv",
-    "genome-scores.csv",
-    "genome-tags.csv",
-)
+_BESIDE_RATINGS = ("movies", "users", "links", "tags", "genome-scores", "genome-tags")
 # How files are called while something still writes them.
 _UNFINISHED = (".part", ".partial", ".tmp", ".crdownload", ".download")
 _COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
@@ -103,8 +95,8 @@ def log_files(folder: Path) -> list[Path]:
     if unfinished := next((path for path in files if path.name.lower().endswith(_UNFINISHED)), None):
         raise UserError(f"{unfinished.name} in {folder.name} is half-written, as its name says; finish or remove it")
     found = [path for path in files if _plain_name(path).endswith(endings) and ".catalogue." not in path.name]
-    if any(_plain_name(path) in ("ratings.dat", "ratings.csv", "ratings.parquet") for path in found):
-        found = [path for path in found if _plain_name(path) not in _BESIDE_RATINGS]
+    if any(_plain_name(path).startswith("ratings.") for path in found):
+        found = [path for path in found if _plain_name(path).split(".")[0] not in _BESIDE_RATINGS]
     if not found:
         raise UserError(f"{folder.name} is a folder without a log (.csv, .jsonl, .parquet or .dat); name another")
     return found
