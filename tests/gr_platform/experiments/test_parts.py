@@ -105,6 +105,16 @@ def test_the_cost_of_the_same_quality_is_where_the_curve_first_reaches_it() -> N
     assert derived.same_quality(rows)["ratios"] == {"seconds": 10.0, "tokens": 10.0, "train_flops": 10.0}
 
 
+def test_tokens_of_an_epoch_do_not_depend_on_how_long_the_refit_took() -> None:
+    def row(alpha: float, quality: float, tokens: int, refits: int) -> dict[str, Any]:
+        curve = [{"phase": "validation", "tokens": tokens}] * 3
+        refit = [{"phase": "refit", "tokens": tokens + 7}] * refits
+        return {"figures": {"alpha": alpha, "ndcg_at_10": quality}, "curve": curve + refit}
+
+    lines = derived.cheaper([row(2.0, 0.2, 100, 1), row(1.6, 0.19, 67, 3)])["lines"]
+    assert lines == ["alpha 1.6: NDCG@10 -5.0 %, tokens an epoch 67 %."]
+
+
 def test_means_are_over_seeds_with_the_sample_deviation() -> None:
     rows = [{"figures": {"x": value}} for value in (1.0, 2.0, 3.0)]
     assert means(rows, "x") == (2.0, 1.0, 3)
