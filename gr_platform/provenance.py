@@ -6,6 +6,9 @@ from pathlib import Path
 
 from gr_platform import settings
 
+# What stands between a GPU and the processor of its machine.
+BESIDE = "beside"
+
 
 def git_commit() -> str | None:
     """Return the commit of the code, or None outside a repository."""
@@ -35,4 +38,9 @@ def machine(device: str = "cpu") -> str:
     # Not at the top: most callers need no torch.
     import torch
 
-    return f"{torch.cuda.get_device_name(device)} beside {line}, torch {torch.__version__}"
+    return f"{torch.cuda.get_device_name(device)} {BESIDE} {line}, torch {torch.__version__}"
+
+
+def on_gpu(machine: str) -> bool:
+    """Return whether a line of `machine` names a GPU."""
+    return f" {BESIDE} " in machine

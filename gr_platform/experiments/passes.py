@@ -28,7 +28,7 @@ from gr_platform.sequences.reader import Batch
 from gr_platform.sequences.window import window_starts
 from gr_platform.training.batches import training_batch, training_reader
 from gr_platform.training.checkpoint import Progress, load_checkpoint, save_checkpoint
-from gr_platform.training.epoch import autocast
+from gr_platform.training.epoch import autocast, forked
 from gr_platform.training.flops import PFLOPS_DAY, step_flops
 from gr_platform.training.memory import keep_freed_memory
 from gr_platform.training.objectives import RetrievalObjective
@@ -156,8 +156,7 @@ class Pass:
         """
         torch.set_num_threads(settings.num_threads())
         keep_freed_memory()
-        devices = [] if self.device == "cpu" else [self.device]
-        with torch.random.fork_rng(devices, device_type=torch.device(self.device).type):
+        with forked(self.device):
             model = self._model().to(self.device)
             optimizer = Optimizer(model, self.recipe.training)
             saved = load_checkpoint(self.work.checkpoint)

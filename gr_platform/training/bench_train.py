@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 from gr_platform import settings
+from gr_platform.provenance import on_gpu
 from gr_platform.training.bench_memory import peak_rss_gb
 from gr_platform.training.bench_peers import rectools_ms
 from gr_platform.training.bench_step import (
@@ -110,9 +111,10 @@ def _steps(name: str) -> Iterator[Row]:
 
 
 def quality_rows(results: Path) -> list[Row]:
-    """Return the rows of QUALITIES from a recorded ML-1M experiment; without one they have no value."""
+    """Return the rows of QUALITIES of a recorded ML-1M experiment, by what CPUs did; without it no value."""
     recorded = json.loads(results.read_text(encoding="utf-8"))["rows"] if results.is_file() else []
-    return [_quality(wanted, [each for each in recorded if each["label"] == wanted.label]) for wanted in QUALITIES]
+    here = [each for each in recorded if not on_gpu(each["machine"])]
+    return [_quality(wanted, [each for each in here if each["label"] == wanted.label]) for wanted in QUALITIES]
 
 
 def _quality(wanted: Quality, runs: Sequence[Mapping[str, Any]]) -> Row:

@@ -10,7 +10,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator
-from contextlib import closing
+from contextlib import AbstractContextManager, closing
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -190,6 +190,11 @@ def autocast(training: TrainingConfig, device: str) -> torch.autocast:
     """Return what a loss is computed inside of: weights, optimiser and validation stay in fp32."""
     wanted = {"auto": device != "cpu", "bf16": True, "fp32": False}[training.precision]
     return torch.autocast(torch.device(device).type, dtype=torch.bfloat16, enabled=wanted)
+
+
+def forked(device: str) -> AbstractContextManager[None]:
+    """Return a context after which torch's generators, the CPU's and the device's, go on as if nothing was drawn."""
+    return torch.random.fork_rng([] if device == "cpu" else [device], device_type=torch.device(device).type)
 
 
 def grouped(values: Iterable[T], size: int) -> Iterator[list[T]]:

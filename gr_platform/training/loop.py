@@ -28,6 +28,7 @@ from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.featured import FeaturedDataset, with_features
 from gr_platform.sequences.splits import Holdout
 from gr_platform.training.checkpoint import Progress
+from gr_platform.training.epoch import forked
 from gr_platform.training.flops import run_facts
 from gr_platform.training.launch import Job, launch
 from gr_platform.training.load import save_model
@@ -72,9 +73,7 @@ def train(
         dataset, recipe, folder, validation=validation, test=test, warm_start=warm_start, ranks=ranks, progress=progress
     )
     run.of |= {"model_version": MODEL_VERSION, "trainer_version": TRAINER_VERSION}
-    # Seeds are set for every step: the caller's generators, the GPU's too, go on as if nothing was drawn.
-    devices = [] if ranks.device == "cpu" else [ranks.device]
-    with torch.random.fork_rng(devices, device_type=torch.device(ranks.device).type):
+    with forked(ranks.device):
         outcome = run()
     if ranks.first:
         _write(out, run, outcome)

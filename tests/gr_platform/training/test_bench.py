@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from gr_platform import settings
+from gr_platform import provenance, settings
 from gr_platform.commands import bench
 from gr_platform.errors import UserError
 from gr_platform.training import bench_encoders, bench_memory, bench_peers, bench_step, bench_train
@@ -105,10 +105,11 @@ def test_the_rows_are_those_asked_for(few_users, monkeypatch, tmp_path, peer_ms)
     json.dumps(rows, allow_nan=False)
 
 
-def _recorded(folder, **figures):
+def _recorded(folder, machine=None, **figures):
     base = {"hr_at_10": 0.4, "ndcg_at_10": 0.25, "train_seconds": 3600.0} | figures
+    machine = machine or provenance.machine()
     rows = [
-        {"label": label, "seed": seed, "seconds": 1500.0 * seed, "figures": base}
+        {"label": label, "seed": seed, "seconds": 1500.0 * seed, "figures": base, "machine": machine}
         for label in ("HSTU", "HSTU-large")
         for seed in (1, 2, 3)
     ]
@@ -131,6 +132,13 @@ def test_a_quality_that_was_not_reached_is_missed(tmp_path):
     assert hours["value"] is None
     assert bench.reaches_target(hours) is False
     assert "not reached" in hours["against"]
+
+
+def test_what_a_gpu_took_says_nothing_of_this_machine(tmp_path, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda device: "A GPU")
+    for row in bench_train.quality_rows(_recorded(tmp_path, machine=provenance.machine("cuda"))):
+        assert row["value"] is None
+        assert row["against"] == "not measured here"
 
 
 def test_a_quality_that_nobody_recorded_is_said_to_be_unknown(tmp_path):
