@@ -70,7 +70,9 @@ def hstu_softmax_no_rab(base: Recipe) -> Recipe:
 
 
 def _variant(base: Recipe, name: str, **model: Any) -> Recipe:
-    return replace(base, name=f"{base.name}-{name}", model=replace(base.model, **model))
+    changed = replace(base.model, **model)
+    start = base.training.start if changed.encoder == "hstu" else "independent"
+    return replace(base, name=f"{base.name}-{name}", model=changed, training=replace(base.training, start=start))
 
 
 def _items_alone(base: Recipe) -> dict[str, Any]:

@@ -13,7 +13,8 @@ Negatives = Literal["shared", "per_token", "all"]
 Choice = Literal["recent", "recency", "uniform"]
 Windows = Literal["last", "random"]
 Schedule = Literal["constant", "cosine", "linear"]
-TableOptimizer = Literal["adamw", "rowwise"]
+TableOptimizer = Literal["adamw", "rowwise", "frozen"]
+Start = Literal["independent", "matching"]
 Precision = Literal["auto", "fp32", "bf16"]
 
 
@@ -125,14 +126,16 @@ class TrainingConfig:
 
     schedule, warmup_steps: the learning rate from step to step (training/optim.py). weight_decay: of weight matrices,
     never of embeddings, norms and biases. table_optimizer: "rowwise" keeps one second moment for each row of the item
-    table. clip_norm: longest gradient of a step, 0 for any. batch_size: users a step; accumulate: how many parts they
-    are read in, one after the other, to save memory. max_epochs, patience: when to stop, and after how many epochs
-    without a better validation figure. refit: train again for the chosen number of epochs on everything but the test
-    exposures. average: decay of a running mean of the weights, which is then judged and saved; 0 for the weights
-    themselves. precision: "auto" is bf16 autocast on a GPU and fp32 on the CPU. compile: run the encoder through
-    torch.compile. negatives: one draw a step that all its targets share, one for each target (the paper's), or all
-    items. windows: which max_events of a longer history an epoch trains on: the last ones, as serving sees them, or
-    ones drawn anew for each user and epoch, so that all of the history is learned from.
+    table, "frozen" leaves items the vectors that were drawn for them. start: "matching" starts HSTU's keys as its
+    queries and its values as its gates, so that an item finds itself in the history. clip_norm: longest gradient of a
+    step, 0 for any. batch_size: users a step; accumulate: how many parts they are read in, one after the other, to save
+    memory. max_epochs, patience: when to stop, and after how many epochs without a better validation figure. refit:
+    train again for the chosen number of epochs on everything but the test exposures. average: decay of a running mean
+    of the weights, which is then judged and saved; 0 for the weights themselves. precision: "auto" is bf16 autocast on
+    a GPU and fp32 on the CPU. compile: run the encoder through torch.compile. negatives: one draw a step that all its
+    targets share, one for each target (the paper's), or all items. windows: which max_events of a longer history an
+    epoch trains on: the last ones, as serving sees them, or ones drawn anew for each user and epoch, so that all of the
+    history is learned from.
     """
 
     learning_rate: float = 1e-3
@@ -140,6 +143,7 @@ class TrainingConfig:
     warmup_steps: int = 0
     weight_decay: float = 0.0
     table_optimizer: TableOptimizer = "adamw"
+    start: Start = "independent"
     clip_norm: float = 0.0
     batch_size: int = 128
     accumulate: int = 1
@@ -175,6 +179,7 @@ class TrainingConfig:
 _CHOICES = {
     "schedule": Schedule,
     "table_optimizer": TableOptimizer,
+    "start": Start,
     "precision": Precision,
     "negatives": Negatives,
     "windows": Windows,
@@ -188,6 +193,18 @@ class Recipe:
     name: str
     model: ModelConfig
     training: TrainingConfig
+
+    def __post_init__(self) -> None:
+        if self.training.table_optimizer == "frozen" and self.model.kind == "retrieval":
+            raise ValueError(
+                "TrainingConfig.table_optimizer is 'frozen', must be 'adamw' or 'rowwise' for retrieval: it ranks by "
+                "the items' vectors"
+            )
+        if self.training.start == "matching" and self.model.encoder != "hstu":
+            raise ValueError(
+                f"TrainingConfig.start is 'matching', must be 'independent' for encoder "
+                f"{self.model.encoder!r}: pointwise attention alone has a use for it"
+            )
 
     def to_json(self) -> dict[str, Any]:
         """Return the recipe as JSON-able values."""

@@ -8,6 +8,7 @@ Legend: L tokens in the batch (or new ones of one user), P past tokens, C candid
 Source: PAPER section 2.
 """
 
+import math
 from typing import cast
 
 import torch
@@ -26,6 +27,9 @@ from kernels import (
     norm_gate_linear,
     uvqk,
 )
+
+# What a token's query and its own key give before SiLU, at a matching start, by their expected size.
+MATCH = 5.0
 
 
 def _product_dtype(x: Tensor) -> torch.dtype:
@@ -62,6 +66,19 @@ class HSTULayer(nn.Module):
         """Return a table of rab; one that is not learned stays zero, which is no bias at all."""
         drawn = torch.empty(size).normal_(std=0.02)
         return nn.Parameter(drawn) if learned else nn.Parameter(torch.zeros(size), requires_grad=False)
+
+    @torch.no_grad()
+    def start_matching(self) -> None:
+        """Start keys as the queries and values as the gates, wide enough to tell a token's equals from the others.
+
+        The products of query and key and of gate and value then say "met before" at random weights already; from
+        independent ones that is learned late or never. Training tells the four apart again.
+        """
+        v_width, qk_width = self.num_heads * self.v_dim, self.num_heads * self.qk_dim
+        self.uvqk.normal_(std=math.sqrt(MATCH / (self.uvqk.shape[0] * self.qk_dim)))
+        u, v, q, k = self.uvqk.split([v_width, v_width, qk_width, qk_width], dim=-1)
+        k.copy_(q)
+        v.copy_(u)
 
     def _project(self, x: Tensor, backend: Backend | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return u [L, H * v_dim], v [L, H, v_dim], q and k [L, H, qk_dim] of x [L, d], views of one tensor."""
@@ -131,6 +148,11 @@ class HSTU(Encoder):
         super().__init__()
         self.layers = nn.ModuleList(HSTULayer(config) for _ in range(config.num_layers))
         self.dropout = config.dropout
+
+    def start_matching(self) -> None:
+        """Let every layer start as `HSTULayer.start_matching` says."""
+        for layer in self._stack():
+            layer.start_matching()
 
     def _stack(self) -> list[HSTULayer]:
         return cast("list[HSTULayer]", list(self.layers))

@@ -132,7 +132,15 @@ def books_large(kind: Kind) -> Recipe:
 
 
 def retailrocket(kind: Kind) -> Recipe:
-    """Return a model for Retailrocket's views, carts and purchases: width 64, 2 layers, two heads of 32."""
+    """Return a model for Retailrocket's views, carts and purchases: width 64, 2 layers, two heads of 32.
+
+    What users do with an item hangs on whether they met it before. A ranking model that learns the items' vectors
+    remembers instead what each item got, which is wrong the next time; so they stay the codes that they start as.
+    """
+    retrieval = TrainingConfig(max_epochs=40, patience=4, batch_size=32)
+    codes = replace(
+        retrieval, table_optimizer="frozen", start="matching", learning_rate=3e-3, schedule="cosine", patience=8
+    )
     return Recipe(
         name="retailrocket",
         model=ModelConfig(
@@ -145,7 +153,7 @@ def retailrocket(kind: Kind) -> Recipe:
             max_events=100,
             dropout=0.3 if kind == "ranking" else 0.5,
         ),
-        training=TrainingConfig(max_epochs=40, patience=4, batch_size=32),
+        training=codes if kind == "ranking" else retrieval,
     )
 
 

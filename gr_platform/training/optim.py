@@ -46,10 +46,16 @@ def decaying(model: nn.Module) -> list[nn.Parameter]:
 
 
 class Optimizer:
-    """The optimiser of a run, over the weights of `model` that require gradients, on the device where they are now."""
+    """The optimiser of a run, over the weights of `model` that require gradients, on the device where they are now.
+
+    Frozen item tables require none from now on.
+    """
 
     def __init__(self, model: nn.Module, training: TrainingConfig) -> None:
         self.training, self.num_steps = training, 0
+        if training.table_optimizer == "frozen":
+            for table in item_tables(model):
+                table.requires_grad_(False)
         self.named = {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
         decay = {id(weight) for weight in decaying(model)}
         rowwise = {id(weight) for weight in item_tables(model)} if training.table_optimizer == "rowwise" else set()

@@ -9,7 +9,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ import torch
 from gr_platform.errors import UserError
 from gr_platform.models.build import Model, build_model
 from gr_platform.models.config import Recipe
+from gr_platform.models.hstu import HSTU
 from gr_platform.models.ranking import RankingModel
 from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.featured import FeaturedDataset
@@ -142,6 +143,8 @@ class Run:
         if isinstance(dataset, FeaturedDataset):
             features = dataset.feature_tables(config, newest_time(dataset, self.validation.ends))
         model = build_model(config, **self.shape, features=features)
+        if self.recipe.training.start == "matching":
+            cast(HSTU, model.encoder).start_matching()
         if self.warm_start is not None:
             copy_weights(model, self.warm_start, dataset)
         return model

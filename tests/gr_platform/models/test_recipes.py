@@ -60,6 +60,22 @@ def test_item_only_models_read_actions_in_ranking_alone():
     assert named("small-transformer", "retrieval").model.use_actions
 
 
+def test_a_frozen_table_and_a_matching_start_are_for_models_that_can_have_them():
+    with pytest.raises(ValueError, match=r"table_optimizer is 'frozen', must be .* for retrieval"):
+        tiny("retrieval").with_training(table_optimizer="frozen")
+    base = tiny("ranking").with_training(table_optimizer="frozen", start="matching")
+    with pytest.raises(ValueError, match="start is 'matching', must be 'independent' for encoder 'sasrec'"):
+        replace(base, model=replace(base.model, encoder="sasrec"))
+    starts = {name: baseline(base, name).training.start for name in ("hstu_no_rab", "hstu_softmax", "sasrec", "dlrm")}
+    assert starts == {
+        "hstu_no_rab": "matching",
+        "hstu_softmax": "independent",
+        "sasrec": "independent",
+        "dlrm": "independent",
+    }
+    assert baseline(base, "dlrm").training.table_optimizer == "frozen"
+
+
 def test_shapes_of_the_papers_data_sets_are_the_papers():
     shapes = {}
     for name in ("ml_1m", "ml_1m_large", "ml_20m", "ml_20m_large", "books", "books_large"):

@@ -81,6 +81,19 @@ def test_a_rowwise_table_moves_by_one_second_moment_a_row():
     assert optimizer.parts[1].state[table]["exp_avg_sq"].shape == table.shape[:1]
 
 
+def test_a_frozen_table_stays_as_it_was_drawn_and_keeps_no_state():
+    model = model_of()
+    [table] = item_tables(model)
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    optimizer = Optimizer(model, training_of(table_optimizer="frozen", average=0.9))
+    gradients(model, 1)
+    optimizer.step()
+    still = {name for name, weight in model.named_parameters() if torch.equal(weight, before[name])}
+    assert still == {"embedding.items.weight"}
+    assert not table.requires_grad
+    assert not [name for name in optimizer.state() if name.startswith("embedding.items")]
+
+
 def test_clipping_bounds_the_norm_of_all_gradients_together_after_the_mean():
     plain, clipped = model_of(), model_of()
     norm = 0.0
@@ -111,7 +124,7 @@ def test_the_mean_of_the_weights_is_lent_to_the_model_and_given_back():
     assert torch.equal(model.heads[1].weight, after)
 
 
-@pytest.mark.parametrize("table", ["adamw", "rowwise"])
+@pytest.mark.parametrize("table", ["adamw", "rowwise", "frozen"])
 def test_an_optimiser_goes_on_from_its_state_bit_for_bit(table):
     training = training_of(average=0.9, table_optimizer=table, schedule="linear", weight_decay=0.1)
     whole, part = model_of(), model_of()
