@@ -151,5 +151,5 @@ def encoder_efficiency() -> Experiment:
             Table(title="Training step, peak MB", columns=columns("train_mb")),
             Table(title="Inference, peak MB", columns=columns("infer_mb")),
         ),
-        plot=Plot(kind="curves", x="length", y=("train_ms",), log_x=True, log_y=True),
+        plot=Plot(kind="curves", x="length", y=("train_ms", "infer_ms", "train_mb"), log_x=True, log_y=True),
     )

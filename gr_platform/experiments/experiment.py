@@ -59,7 +59,7 @@ class Table:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plot:
-    """bars: the figures `y` of each row; points: figure y[0] against figure x, one a cell; curves: the same two names
+    """bars: the figures `y` of each row; points: figures y against figure x, one a cell; curves: the same names
     in the entries of each cell's curve."""
 
     kind: PlotKind

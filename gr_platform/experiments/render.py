@@ -13,6 +13,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 SHORT = 1e4
+# What a plot calls figures that no table has a column of.
+MEASURES = {
+    "length": "tokens a user",
+    "train_ms": "training step, ms",
+    "infer_ms": "inference, ms",
+    "train_mb": "training step, peak MB",
+    "infer_mb": "inference, peak MB",
+    "train_flops": "training compute, FLOPs",
+}
 
 
 def section(report: Report, picture: str = "") -> str:
@@ -89,9 +98,7 @@ def shortfall(report: Report) -> str:
         said.append(f"- {target['label']}: {target['figure']} >= {target['value']:g}{within}: {verdict}{value}")
     if report["missing"]:
         said.append(f"- not run yet: {', '.join(report['missing'])}")
-    return "**What falls short.**\n\n" + (
-        "\n".join(said) if said else "- nothing that was set as a target; all cells ran"
-    )
+    return "**What falls short.**\n\n" + ("\n".join(said) if said else "- no target was set; all cells ran")
 
 
 def cell_of(found: tuple[float, float | None, int] | None) -> str:
@@ -115,7 +122,7 @@ def plot(report: Report) -> bytes:
     """Return the report's picture as PNG below 50 KB."""
     wanted = report["plot"]
     shown = {"bars": _bars, "points": _points, "curves": _curves}[wanted["kind"]]
-    names = wanted["y"] if wanted["kind"] == "bars" else [wanted["y"][0]]
+    names = wanted["y"]
 
     def draw(axes: list["Axes"]) -> None:
         for axis, name in zip(axes, names, strict=True):
@@ -210,8 +217,9 @@ def _curves(axis: "Axes", report: Report, name: str) -> None:
 
 
 def _said(report: Report, name: str) -> str:
-    """Return what a table calls a figure."""
-    return next((str(table["columns"][name]) for table in report["tables"] if name in table["columns"]), name)
+    """Return what a table calls a figure, or MEASURES."""
+    told = (str(table["columns"][name]) for table in report["tables"] if name in table["columns"])
+    return next(told, MEASURES.get(name, name))
 
 
 def _scales(axis: "Axes", report: Report, name: str) -> None:
@@ -219,9 +227,13 @@ def _scales(axis: "Axes", report: Report, name: str) -> None:
     axis.set(xlabel=_said(report, wanted["x"]), ylabel=_said(report, name))
     if wanted["log_x"]:
         axis.set_xscale("log")
+        ends = axis.get_xlim()
+        if len(wanted["y"]) > 1 and ends[1] < 100 * ends[0]:  # in narrow panels names of minor ticks overlap
+            axis.xaxis.set_minor_formatter("")
     if wanted["log_y"]:
         axis.set_yscale("log")
-    if axis.get_legend_handles_labels()[0]:
+    panel = axis.get_subplotspec()
+    if axis.get_legend_handles_labels()[0] and (panel is None or panel.is_first_col()):
         axis.legend(fontsize=7)
 
 
