@@ -1,4 +1,6 @@
-"""The stage that judges both models beside the counted baselines on the held-out last exposures."""
+"""The stage that judges the models beside the counted baselines on the held-out last exposures."""
+
+from typing import Any
 
 import dagster as dg
 
@@ -15,22 +17,66 @@ def evaluation(platform: Platform) -> dg.MaterializeResult:
     stage = Stage("evaluation")
     result = evaluate_current(platform.folder(), platform.dataset_name())
     facts = result.manifest.facts
-    retrieval, popularity = facts["retrieval"], facts["popularity"]
-    shown = ["hr_at_10", "ndcg_at_10", "mrr"]
-    models = {"model": "retrieval", "item co-occurrence": "cooccurrence", "popularity": "popularity"}
-    rows = [[label, *(facts[part][name] for name in shown)] for label, part in models.items()]
-    tasks = table(["task", "NE", "AUC"], [[t, f.get("ne"), f.get("auc")] for t, f in facts["ranking"].items()])
     return stage.finish(
         digest=result.manifest.digest,
         reused=result.reused,
-        figures={
-            "hr_at_10": retrieval["hr_at_10"],
-            "popularity_hr_at_10": popularity["hr_at_10"],
-            "cooccurrence_hr_at_10": facts["cooccurrence"]["hr_at_10"],
-            "ndcg_at_10": retrieval["ndcg_at_10"],
-            "num_users": facts["num_users"],
-            "num_ties": facts["num_ties"],
-        },
-        preview=f"{table(['model', *shown], rows)}\n\n{tasks}",
-        plot=slices(facts["slices"]),
+        figures={name: value for name, value in _figures(facts).items() if value is not None},
+        preview="\n\n".join(_tables(facts)),
+        plot=slices(facts["slices"]) if "slices" in facts else None,
     )
+
+
+class Pair(dg.Config):
+    """Two runs: their folders, names in MLflow or first digits; `retrieval_model`, `ranking_model`: the current."""
+
+    first: str
+    second: str
+
+
+@dg.asset(group_name="models", kinds={"mlflow"})
+def comparison(platform: Platform, config: Pair) -> dg.MaterializeResult:
+    """Two runs user by user, as `gr compare`: each figure's difference, its 95 % interval and p value by bootstrap."""
+    from gr_platform.evaluation.compare import compare_runs
+    from gr_platform.registry.tracking import log_run
+    from gr_platform.storage import digest_of
+
+    stage = Stage("comparison")
+    home, ds = platform.folder(), platform.dataset_name()
+    found = compare_runs(home, ds, config.first, config.second)
+    for run in ("a", "b"):
+        log_run(home, ds, home / "runs" / ds / found[run], found[f"facts_{run}"])
+    lines = found["differences"]
+    columns = ["figure", "a", "b", "difference", "low", "high", "p_value"]
+    return stage.finish(
+        digest=digest_of([found["a"], found["b"], lines]),
+        reused=False,
+        figures={
+            **{run: f"{found[run]} ({found[f'recipe_{run}']})" for run in ("a", "b")},
+            "num_targets": found["num_targets"],
+            **{line["figure"]: line["difference"] for line in lines},
+        },
+        preview=table(columns, [[line[name] for name in columns] for line in lines]),
+    )
+
+
+def _figures(facts: dict[str, Any]) -> dict[str, Any]:
+    """Return what the asset page shows first; a kind that was never trained has nothing."""
+    found = {f"{task}_ne": figures.get("ne") for task, figures in facts.get("ranking", {}).items()}
+    if "retrieval" in facts:
+        found |= {name: facts["retrieval"][name] for name in ("hr_at_10", "ndcg_at_10")}
+        found |= {f"{name}_hr_at_10": facts[name]["hr_at_10"] for name in ("popularity", "cooccurrence")}
+        found |= {name: facts[name] for name in ("num_users", "num_ties")}
+    return found
+
+
+def _tables(facts: dict[str, Any]) -> list[str]:
+    tables = []
+    if "retrieval" in facts:
+        shown = ["hr_at_10", "ndcg_at_10", "mrr"]
+        models = {"model": "retrieval", "item co-occurrence": "cooccurrence", "popularity": "popularity"}
+        rows = [[label, *(facts[part][name] for name in shown)] for label, part in models.items()]
+        tables.append(table(["model", *shown], rows))
+    if "ranking" in facts:
+        rows = [[task, figures.get("ne"), figures.get("auc")] for task, figures in facts["ranking"].items()]
+        tables.append(table(["task", "NE", "AUC"], rows))
+    return tables

@@ -110,18 +110,18 @@ experiment_assets = [asset for each in experiments().values() for asset in _asse
 
 @dg.asset(group_name=GROUP, kinds={"mlflow"}, deps=[f"{name}_report" for name in experiments()])
 def compute_against_quality(lab: Experiments) -> dg.MaterializeResult:
-    """Training compute in PFLOP/s-days against NDCG@10 over all runs of the registry, a panel a data set."""
+    """Training compute in PFLOP/s-days against NDCG@10 or NE on the test, over all runs of the registry."""
     from gr_platform.experiments.render import compute_plot
     from gr_platform.registry.experiments import compute_against_quality as spent
     from gr_platform.storage import digest_of
 
     stage = Stage("compute_against_quality")
     found = spent(lab.folder())
-    rows = [[each.dataset, each.name, each.pflops_days, each.ndcg_at_10] for each in found]
+    rows = [[each.dataset, each.name, each.pflops_days, each.measure, each.quality] for each in found]
     return stage.finish(
         digest=digest_of(rows),
         reused=False,
         figures={"num_runs": len(found)},
-        preview=table(["data set", "model", "PFLOP/s-days", "NDCG@10"], rows),
-        plot=compute_plot([(each.dataset, each.name, each.pflops_days, each.ndcg_at_10) for each in found]),
+        preview=table(["data set", "model", "PFLOP/s-days", "measure", "quality"], rows),
+        plot=compute_plot([(e.dataset, e.name, e.pflops_days, e.measure, e.quality) for e in found]),
     )

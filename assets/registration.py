@@ -1,4 +1,4 @@
-"""The stage that records both models in the registry and makes them challengers."""
+"""The stage that records the models in the registry and makes them challengers."""
 
 import dagster as dg
 

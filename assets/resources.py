@@ -37,7 +37,7 @@ class Platform(dg.ConfigurableResource):
 
 
 class Training(dg.Config):
-    """What to train: a recipe's name, or `auto` for the one that suits the data set."""
+    """What to train: a recipe's name or TOML file, or `auto` for the one that suits the data set."""
 
     recipe: str = "auto"
 

@@ -11,17 +11,24 @@ from gr_platform.models.config import Kind
 
 
 class TrainingRun(Training):
-    """A recipe, and in how many processes it is trained: with GPUs, as many as there are."""
+    """A recipe, in how many processes it is trained (with GPUs, as many as there are), and the options of `gr train`.
+
+    seed: instead of the recipe's; warm_start: the run whose weights to start from, as `gr train --warm-start` takes it.
+    """
 
     num_processes: int = 1
+    seed: int | None = None
+    warm_start: str = ""
 
 
 def _train(
     context: dg.AssetExecutionContext, platform: Platform, config: TrainingRun, kind: Kind
 ) -> dg.MaterializeResult:
     from gr_platform.evaluation.plots import learning_curve
+    from gr_platform.registry.names import run_folder
+    from gr_platform.registry.tracking import log_run
     from gr_platform.training.launch import Job, launching
-    from gr_platform.training.loop import train_model
+    from gr_platform.training.loop import named_recipe, train_model
 
     def start(job: Job, num_processes: int) -> None:
         with launching(job, num_processes, "assets.training_process") as started:
@@ -31,10 +38,13 @@ def _train(
                 raise started.failed() from error
 
     stage = Stage(f"{kind}_model")
-    ds = platform.dataset_name()
-    result = train_model(
-        platform.folder(), ds, kind, config.recipe_for(ds), num_processes=config.num_processes, start=start
-    )
+    home, ds = platform.folder(), platform.dataset_name()
+    recipe = named_recipe(config.recipe_for(ds), kind)
+    if config.seed is not None:
+        recipe = recipe.with_training(seed=config.seed)
+    older = run_folder(home, ds, config.warm_start).name if config.warm_start else None
+    result = train_model(home, ds, kind, recipe, num_processes=config.num_processes, warm_start=older, start=start)
+    run = log_run(home, ds, result.folder)
     curves = json.loads((result.folder / "curves.json").read_text(encoding="utf-8"))
     facts = result.manifest.facts
     figures = {name: facts[name] for name in ("num_parameters", "num_users", "epochs", "best_epoch", "refit_epochs")}
@@ -42,7 +52,7 @@ def _train(
     return stage.finish(
         digest=result.manifest.digest,
         reused=result.reused,
-        figures={"recipe": result.manifest.spec["recipe"]["name"], **figures, **best},
+        figures={"recipe": recipe.name, "seed": recipe.training.seed, "mlflow_run": run.name, **figures, **best},
         preview=table(list(curves[0]), [[row.get(name, "") for name in curves[0]] for row in curves]),
         plot=learning_curve(curves),
     )

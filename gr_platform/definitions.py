@@ -25,7 +25,9 @@ FULL_PIPELINE = "full_pipeline"
 
 full_pipeline = dg.define_asset_job(
     FULL_PIPELINE,
-    selection=dg.AssetSelection.all() - dg.AssetSelection.groups(experiments.GROUP),
+    selection=dg.AssetSelection.all()
+    - dg.AssetSelection.groups(experiments.GROUP)
+    - dg.AssetSelection.assets(evaluation.comparison),
     description="From landed files to the served pair of models; finished stages are reused.",
 )
 

@@ -93,39 +93,42 @@ def read_object(path: Path) -> dict[str, Any]:
 def read_manifest(folder: Path, *, verify: bool = False) -> Manifest:
     """Return the manifest of a result folder.
 
-    Raises UserError if there is none, it is of another schema version, or (with `verify`) a file is missing or differs.
+    Raises UserError if there is none, it is of another schema version, or (with `verify`) as `verify_files` does.
     """
     path = folder / MANIFEST
     try:
         fields = read_object(path)
     except FileNotFoundError:
-        raise UserError(f"{_shown(folder)} holds no {MANIFEST}: it is not a finished result; make it again") from None
+        raise UserError(f"{shown(folder)} holds no {MANIFEST}: it is not a finished result; make it again") from None
     except ValueError as error:
-        raise UserError(f"{_shown(path)} is not valid JSON ({error}); delete the folder and make it again") from None
+        raise UserError(f"{shown(path)} is not valid JSON ({error}); delete the folder and make it again") from None
     if fields.get("schema_version") != SCHEMA_VERSION:
         raise UserError(
-            f"{_shown(folder)} has schema version {fields.get('schema_version')}, this release reads {SCHEMA_VERSION}; "
+            f"{shown(folder)} has schema version {fields.get('schema_version')}, this release reads {SCHEMA_VERSION}; "
             "delete the folder and make it again"
         )
     try:
         manifest = Manifest(**fields)
     except TypeError:
         raise UserError(
-            f"{_shown(path)} does not hold the entries of a manifest; delete the folder and make it again"
+            f"{shown(path)} does not hold the entries of a manifest; delete the folder and make it again"
         ) from None
     if verify:
         verify_files(folder, manifest)
     return manifest
 
 
-def verify_files(folder: Path, manifest: Manifest) -> None:
-    """Raise UserError naming the first file of the manifest that is missing or whose sha256 differs."""
+def verify_files(folder: Path, manifest: Manifest, *, mend: str = "run gr materialize") -> None:
+    """Raise UserError naming the first file of the manifest that is missing or whose sha256 differs.
+
+    mend: what to do about it, as the end of a sentence.
+    """
     for name, expected in manifest.files.items():
         path = folder / name
         if not path.is_file():
-            raise UserError(f"{_shown(path)} is missing; delete its folder and run gr materialize")
+            raise UserError(f"{shown(path)} is missing; {mend}")
         if file_sha256(path) != expected:
-            raise UserError(f"{_shown(path)} is corrupt (its sha256 differs from the manifest); run gr materialize")
+            raise UserError(f"{shown(path)} is corrupt (its sha256 differs from the manifest); {mend}")
 
 
 def find(parent: Path, kind: str, spec: Mapping[str, Any]) -> Result | None:
@@ -234,14 +237,14 @@ def current(parent: Path, name: str) -> Path:
     try:
         folder = parent / pointer.read_text(encoding="utf-8", errors="replace").strip()
     except FileNotFoundError:
-        raise UserError(f"no {name} yet in {_shown(parent)}; run gr materialize (or its stage) first") from None
+        raise UserError(f"no {name} yet in {shown(parent)}; run gr materialize (or its stage) first") from None
     if not (folder / MANIFEST).is_file():
-        raise UserError(f"{_shown(folder)} is gone; make {name} again (gr materialize)")
+        raise UserError(f"{shown(folder)} is gone; make {name} again (gr materialize)")
     return folder
 
 
-def _shown(path: Path) -> str:
-    """Return a path as messages show it: relative to GR_HOME where it lies inside."""
+def shown(path: Path) -> str:
+    """Return a path as messages show it: from $GR_HOME on where it lies inside, which the command line spells out."""
     try:
         return f"$GR_HOME/{path.relative_to(settings.home())}"
     except ValueError:

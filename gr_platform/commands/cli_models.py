@@ -29,23 +29,26 @@ def train(
     kind: options.Kind = "both",
     dataset: options.Dataset = None,
     seed: options.TrainingSeed = None,
+    epochs: options.Epochs = None,
     processes: options.Processes = 1,
     warm_start: options.WarmStart = None,
 ) -> None:
     """Train models alone, without the rest of the pipeline; what is trained is reused, what was stopped goes on.
 
-    Examples: gr train --recipe ml_1m --kind retrieval | gr train --seed 2 | gr train --processes 2
+    A recipe of yours is a TOML file: base = "ml_1m", then tables model and training with what differs (docs/models.md).
+
+    Examples: gr train --recipe ml_1m --kind retrieval | gr train --recipe mine.toml --epochs 3 | gr train --processes 2
     """
     from gr_platform.commands.training import Wanted, report
 
-    wanted = Wanted(recipe=recipe, kind=kind, seed=seed, num_processes=processes, warm_start=warm_start)
+    wanted = Wanted(recipe=recipe, kind=kind, seed=seed, epochs=epochs, num_processes=processes, warm_start=warm_start)
     say_each(report(settings.home(), dataset, wanted))
 
 
 def evaluate(run: options.OneRun = None, dataset: options.Dataset = None) -> None:
     """Judge a run on users' last events beside popularity and co-occurrence; without one, the current models.
 
-    Examples: gr evaluate | gr evaluate 1f3a09 | gr evaluate retrieval-ml_1m-1f3a09c2
+    Examples: gr evaluate | gr evaluate 1f3a09 | gr evaluate retrieval-ml_1m-s1-1f3a09c2
     """
     from gr_platform.commands import judging
 

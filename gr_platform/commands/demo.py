@@ -19,7 +19,7 @@ from gr_platform import storage
 from gr_platform.commands import display, pipeline
 from gr_platform.commands.query import Asker
 from gr_platform.errors import UserError
-from gr_platform.models.recipes import require_recipe
+from gr_platform.models.recipe_files import require_known
 
 SIMULATED = "simulated"
 NUM_EVENTS = 200_000
@@ -41,7 +41,7 @@ class DemoOptions:
 
 def run(home: Path, dagster_home: Path, options: DemoOptions, console: Console) -> None:
     """Run everything and print stages, figures, answers and the next commands. Raises UserError."""
-    require_recipe(options.recipe)
+    require_known(options.recipe)
     console.print("[bold]From interaction log to gRPC answer[/]")
     stages = display.StageLines(console)
     ds = import_log(home, options, stages)

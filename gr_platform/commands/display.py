@@ -124,6 +124,13 @@ def tasks_table(title: str, tasks: Mapping[str, Mapping[str, Any]]) -> Table:
     return grid
 
 
+def tracked(name: str | None) -> str:
+    """Return the line that says what a run is called in MLflow, or that MLflow did not take it (None)."""
+    if name is None:
+        return "MLflow did not take the run, gr.log says why; what is done is kept, and the same command logs it later"
+    return f"in MLflow as {name}"
+
+
 def comparison_table(found: Mapping[str, Any]) -> Table:
     """Return two runs beside each other: figures, difference, interval, p value."""
     title = f"{found['a']} ({found['recipe_a']}) against {found['b']} ({found['recipe_b']})"

@@ -16,32 +16,42 @@ def evaluate(home: Path, dataset: str | None, run: str | None, console: Console)
 
     Raises UserError if there is no such run, or it was trained on other sequences.
     """
-    from gr_platform.evaluation.evaluate import evaluate_current, evaluate_run
+    from gr_platform.evaluation.evaluate import KINDS, evaluate_current, evaluate_run
     from gr_platform.events.landing import active_dataset
     from gr_platform.registry.names import run_folder
+    from gr_platform.registry.tracking import try_log_run
 
     ds = dataset or settings.dataset() or active_dataset(home)
+    runs = home / "runs" / ds
     if run is None:
         with storage.exclusive(home, "stages"):
             facts, judged = evaluate_current(home, ds).manifest.facts, f"the current models of {ds}"
+        folders = [storage.current(runs, f"{kind}_model") for kind in KINDS if kind in facts]
     else:
-        folder = run_folder(home, ds, run)
-        facts, judged = evaluate_run(home, ds, folder).manifest.facts, folder.name
+        folders = [run_folder(home, ds, run)]
+        facts, judged = evaluate_run(home, ds, folders[0]).manifest.facts, folders[0].name
     if "retrieval" in facts:
         console.print(display.ranks_table(f"Retrieval, {judged}, on users' last events", facts))
         console.print(display.slices_table(facts["slices"]))
         console.print(f"{facts['num_users']:,} users, {facts['catalogue_size']:,} items ranked for each")
     if "ranking" in facts:
         console.print(display.tasks_table(f"Ranking, {judged}, on users' last events", facts["ranking"]))
+    display.lines(console, [display.tracked(try_log_run(home, ds, folder, facts)) for folder in folders])
 
 
 def compare(home: Path, dataset: str | None, first: str, second: str, console: Console) -> None:
     """Print two runs beside each other, evaluating them first unless that is done. Raises UserError as the library."""
     from gr_platform.evaluation.compare import compare_runs
     from gr_platform.events.landing import active_dataset
+    from gr_platform.registry.tracking import try_log_run
 
     ds = dataset or settings.dataset() or active_dataset(home)
     found = compare_runs(home, ds, first, second)
     console.print(display.comparison_table(found))
-    drawn = "interval of 95 % and p value by a bootstrap that draws the same users of both runs"
-    display.lines(console, [f"{found['num_targets']:,} targets; {drawn}"])
+    drawn = (
+        "interval of 95 % and p value by a bootstrap that draws the same users of both runs: they say whether other "
+        "users would see the difference, not whether other training seeds would"
+    )
+    runs = home / "runs" / ds
+    tracked = [display.tracked(try_log_run(home, ds, runs / found[run], found[f"facts_{run}"])) for run in ("a", "b")]
+    display.lines(console, [f"{found['num_targets']:,} targets; {drawn}", *tracked])

@@ -26,8 +26,12 @@ def say_each(lines: Iterable[str]) -> None:
 
 def complain(what: str, sentence: str) -> None:
     """Print the sentence for a fault to stderr, with the state folder as the person at this terminal can paste it."""
-    shown = sentence.replace("$GR_HOME", pasteable(settings.home())) if "$GR_HOME/" in sentence else sentence
-    Console(stderr=True).print(f"[red]{what}:[/] {escape(shown)}", highlight=False, soft_wrap=True)
+    Console(stderr=True).print(f"[red]{what}:[/] {escape(spelt_out(sentence))}", highlight=False, soft_wrap=True)
+
+
+def spelt_out(sentence: str) -> str:
+    """Return a sentence of the library with the state folder in place of $GR_HOME."""
+    return sentence.replace("$GR_HOME", pasteable(settings.home())) if "$GR_HOME/" in sentence else sentence
 
 
 def pasteable(path: Path) -> str:

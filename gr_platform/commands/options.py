@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 MAX_PORT = 65535
+MAX_SEED = 2**63 - 1
 INTERRUPTED = 130
 ACTIVE = "Data set; default: GR_DATASET, else the one imported last."
 GIVEN = "Data set to add to; default: the name the file gives itself, else the file's."
@@ -23,7 +24,9 @@ AS = (
     "properties hold at all times."
 )
 RUN = "A trained model: its folder, name in MLflow or first digits; retrieval_model: the current one"
+TRAINING_SEED = "Seed of weights and draws; default: the recipe's."
 SCALES = "smoke: the same on small simulated data, in minutes."
+RECIPE = "One of gr recipes, or a TOML file of yours (docs/models.md); auto picks one for the data set."
 ITEMS = "Item ids, separated by commas (one with a comma in double quotes)."
 
 
@@ -39,7 +42,7 @@ ShowVersion = Annotated[
 Dataset = Annotated[str | None, typer.Option(help=ACTIVE)]
 ImportAs = Annotated[str, typer.Option("--as", help=AS)]
 NewDataset = Annotated[str | None, typer.Option(help=GIVEN)]
-Recipe = Annotated[str, typer.Option(help="One of gr recipes; auto picks one for the data set.")]
+Recipe = Annotated[str, typer.Option(help=RECIPE)]
 Format = Annotated[str, typer.Option(help="auto, csv, jsonl, parquet or movielens.")]
 UserColumn = Annotated[str | None, typer.Option(help="Column of the user's id.")]
 ItemColumn = Annotated[str | None, typer.Option(help="Column of the item's id.")]
@@ -55,14 +58,15 @@ IngestDate = Annotated[str | None, typer.Option(help="Partition YYYY-MM-DD; defa
 PublicDataset = Annotated[str | None, typer.Argument(metavar="[NAME]", help="Public data set; default: list them.")]
 FetchFolder = Annotated[Path | None, typer.Option(help="Folder of downloads; default: downloads/ in the state folder.")]
 CardFile = Annotated[Path, typer.Option(help="HTML file to write.")]
-Seed = Annotated[int, typer.Option(help="Same seed, same log.", min=0)]
+Seed = Annotated[int, typer.Option(help="Same seed, same log.", min=0, max=MAX_SEED)]
 Forgotten = Annotated[str, typer.Option("--user", help="The user to erase.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 User = Annotated[str, typer.Option(help="A user of the served data set.")]
 Items = Annotated[str, typer.Option(help=ITEMS)]
 RequestTime = Annotated[int | None, typer.Option(help="Time of the request, ms UTC; default: that of the last event.")]
 Kind = Annotated[Literal["retrieval", "ranking", "both"], typer.Option(help="Which model.")]
-TrainingSeed = Annotated[int | None, typer.Option(help="Seed of weights and draws; default: the recipe's.", min=0)]
+TrainingSeed = Annotated[int | None, typer.Option(help=TRAINING_SEED, min=0, max=MAX_SEED)]
+Epochs = Annotated[int | None, typer.Option(help="Epochs at the most; default: the recipe's max_epochs.", min=1)]
 Processes = Annotated[int, typer.Option(help="Processes that share each step (torchrun).", min=1)]
 WarmStart = Annotated[str | None, typer.Option(help="Run whose weights to start from; items may be added since.")]
 OneRun = Annotated[str | None, typer.Argument(metavar="[RUN]", help=f"{RUN}; default: the current models.")]

@@ -13,7 +13,7 @@ from typing import Any
 
 from gr_platform import settings, storage
 from gr_platform.errors import UserError
-from gr_platform.models.recipes import require_recipe
+from gr_platform.models import recipe_files
 
 StageListener = Callable[[Mapping[str, Any]], None]
 
@@ -39,12 +39,12 @@ def materialize(
 
     `dataset` empty means the data set imported last. `dagster_home` holds a dagster.yaml: the instance that the
     UI opens too. Dagster's own log goes to `home/logs/pipeline.log`. `on_stage` is called as stages start and finish.
-    Raises UserError.
+    recipe: a name, `auto` or the path of a TOML file. Raises UserError.
     """
     from gr_platform.events.landing import active_dataset, load_declaration
 
     # Asked before Dagster is loaded: the most common mistakes are answered at once.
-    require_recipe(recipe)
+    recipe_files.require_known(recipe)
     ds = dataset or settings.dataset() or active_dataset(home)
     load_declaration(home, ds)
 
@@ -58,6 +58,8 @@ def materialize(
         raise UserError(f"there is no asset {', '.join(unknown)}; choose among {', '.join(known)}")
     chosen = list(select) or known
     (home / "logs").mkdir(parents=True, exist_ok=True)
+    if recipe_files.is_file(recipe):
+        recipe = str(Path(recipe).absolute())
     run_config = {
         "resources": {"platform": {"config": {"home": str(home), "dataset": ds}}},
         "ops": {name: {"config": {"recipe": recipe}} for name in TRAINED if name in chosen},

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from gr_platform import storage
 from gr_platform.commands import services
+from gr_platform.commands.messages import pasteable, spelt_out
 from gr_platform.errors import UserError
 
 
@@ -23,6 +24,7 @@ def report(home: Path) -> Iterator[str]:
         return
     for folder in sorted(path.parent for path in (home / "landing").glob("*/dataset.toml")):
         yield from _dataset(home, folder.name, active=folder.name == active)
+        yield from _unfinished(home / "runs" / folder.name)
     yield from _running(home)
 
 
@@ -36,9 +38,28 @@ def _dataset(home: Path, ds: str, *, active: bool) -> Iterator[str]:
         retrieval, popularity = facts["retrieval"], facts["popularity"]
         yield f"  evaluation   HR@10 {retrieval['hr_at_10']:.4f} (popularity {popularity['hr_at_10']:.4f})"
     except UserError as error:
-        yield f"  {error}"
+        yield f"  {spelt_out(str(error))}"
         return
     yield from _versions(home, ds)
+
+
+def _unfinished(runs: Path) -> Iterator[str]:
+    from gr_platform.training.unfinished import unfinished
+
+    for each in unfinished(runs):
+        done = f"{each.phase} epoch {each.num_epochs} done" if each.num_epochs else f"in {each.phase} epoch 1"
+        yield (
+            f"  unfinished   {each.kind} {each.recipe}, seed {each.seed}: {done}, saved {_ago(each.age_s)} ago; "
+            f"the same gr train goes on, deleting {pasteable(each.folder)} gives it up"
+        )
+
+
+def _ago(seconds: float) -> str:
+    """Return a time in its largest whole unit."""
+    for unit, length in (("days", 86_400), ("hours", 3_600), ("minutes", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:.0f} {unit}"
+    return f"{seconds:.0f} seconds"
 
 
 def _versions(home: Path, ds: str) -> Iterator[str]:

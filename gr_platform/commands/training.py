@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from gr_platform import settings, storage
+from gr_platform.commands import display
 from gr_platform.models.baselines import VARIANTS
 from gr_platform.models.config import Kind
 from gr_platform.models.recipes import RECIPES
@@ -22,13 +23,20 @@ KINDS: dict[str, tuple[Kind, ...]] = {
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Wanted:
-    """One call of `gr train`: a recipe's name, a key of KINDS, and what overrides the recipe."""
+    """One call of `gr train`: a recipe's name or file, a key of KINDS, and what overrides the recipe."""
 
     recipe: str = "auto"
     kind: str = "both"
     seed: int | None = None
+    epochs: int | None = None
     num_processes: int = 1
     warm_start: str | None = None
+
+    @property
+    def overrides(self) -> dict[str, int]:
+        """The fields of TrainingConfig that are given."""
+        given = {"seed": self.seed, "max_epochs": self.epochs}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 def list_recipes() -> Iterator[str]:
@@ -38,26 +46,28 @@ def list_recipes() -> Iterator[str]:
         sentence = (recipe.__doc__ or "").split("\n\n")[0].strip().removeprefix("Return ").rstrip(".")
         yield f"{name:<{width}}  {' '.join(sentence.split())}"
     yield f"each also with one of -{', -'.join(VARIANTS)}, for example ml_1m-sasrec"
-    yield "train one with: gr train --recipe NAME"
+    yield "train one with: gr train --recipe NAME; one of your own is a TOML file (docs/models.md)"
 
 
 def report(home: Path, dataset: str | None, wanted: Wanted) -> Iterator[str]:
     """Train what is wanted and yield a line as each model is there. Raises UserError and NonFiniteLoss."""
     from gr_platform.events.landing import active_dataset
-    from gr_platform.models.recipes import named, settled
+    from gr_platform.models.recipe_files import chosen
+    from gr_platform.models.recipes import settled
     from gr_platform.registry.names import run_folder
+    from gr_platform.registry.tracking import try_log_run
     from gr_platform.training.loop import train_model
 
     ds = dataset or settings.dataset() or active_dataset(home)
-    recipes = {kind: named(settled(wanted.recipe, ds), kind) for kind in KINDS[wanted.kind]}
+    recipes = {kind: chosen(settled(wanted.recipe, ds), kind) for kind in KINDS[wanted.kind]}
     start = None if wanted.warm_start is None else run_folder(home, ds, wanted.warm_start).name
     with storage.exclusive(home, "stages"):
         for kind, recipe in recipes.items():
-            if wanted.seed is not None:
-                recipe = recipe.with_training(seed=wanted.seed)
+            recipe = recipe.with_training(**wanted.overrides)
             result = train_model(home, ds, kind, recipe, num_processes=wanted.num_processes, warm_start=start)
             yield f"{result.folder.name} {'was trained before' if result.reused else 'trained'}: {recipe.name} on {ds}"
-            yield from (f"  {line}" for line in _figures(result.manifest.facts))
+            logged = display.tracked(try_log_run(home, ds, result.folder))
+            yield from (f"  {line}" for line in (*_figures(result.manifest.facts), logged))
     yield f"next: gr evaluate {result.folder.name}"
 
 

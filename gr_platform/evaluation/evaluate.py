@@ -24,6 +24,7 @@ from gr_platform.evaluation.slices import slice_table
 from gr_platform.evaluation.tables import LABEL, LOGIT, judged_table, metrics_of_table, ranked_table, tasks_of
 from gr_platform.models.config import Kind, Recipe
 from gr_platform.models.ranking import RankingModel
+from gr_platform.models.recipe_files import command_for
 from gr_platform.models.retrieval import RetrievalModel
 from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.featured import FeaturedDataset, with_features
@@ -112,14 +113,16 @@ def evaluate_baseline(home: Path, ds: str, name: str, *, refit: bool = False) ->
 
 def evaluation_spec(home: Path, ds: str, folder: Path) -> dict[str, Any]:
     """Return what the evaluation of a run folder is made from. Raises UserError as `evaluate_run` does."""
-    manifest = storage.read_manifest(folder, verify=True)
+    manifest = storage.read_manifest(folder)
+    recipe = Recipe.from_json(manifest.spec["recipe"])
+    again = command_for(recipe, ds, warm_start=manifest.spec.get("warm_start"))
+    storage.verify_files(folder, manifest, mend=f"train it again: {again}")
     kind = manifest.kind.removesuffix("_model")
     sequences = storage.read_manifest(storage.current(home / "sequences" / ds, "sequences")).digest
     if manifest.spec["sequences"] != sequences:
         raise UserError(f"the {kind} model {folder.name} of {ds} was trained on other sequences; train it again first")
     spec = {"sequences": sequences, "models": {kind: manifest.digest}, "evaluation_version": EVALUATION_VERSION}
-    config = Recipe.from_json(manifest.spec["recipe"]).model
-    dataset = with_features(home, ds, SequenceDataset.current(home, ds), config)
+    dataset = with_features(home, ds, SequenceDataset.current(home, ds), recipe.model)
     if isinstance(dataset, FeaturedDataset) and dataset.features_digest:
         spec["features"] = dataset.features_digest
     return spec

@@ -17,7 +17,7 @@ from gr_platform.evaluation.tables import LABEL, LOGIT, tasks_of
 from gr_platform.training.seeds import generator
 
 NUM_RESAMPLES = 10_000
-RANK_FIGURES = ("hr_at_10", "ndcg_at_10", "mrr")
+RANK_FIGURES = ("hr_at_10", "hr_at_50", "hr_at_200", "ndcg_at_10", "ndcg_at_200", "mrr")
 CONFIDENCE = 0.95
 BLOCK_DRAWS = 1 << 19
 

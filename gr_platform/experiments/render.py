@@ -149,20 +149,23 @@ def _png(draw: Callable[[list["Axes"]], None], num_panels: int, height: float = 
     return stream.getvalue()
 
 
-def compute_plot(runs: Sequence[tuple[str, str, float, float]]) -> bytes:
-    """Return (data set, model, PFLOP/s-days, NDCG@10) of runs as PNG: a panel a data set, compute on a log axis."""
-    datasets = sorted({run[0] for run in runs})
+def compute_plot(runs: Sequence[tuple[str, str, float, str, float]]) -> bytes:
+    """Return (data set, model, PFLOP/s-days, measure, quality) of runs as PNG, compute on a log axis.
+
+    A panel for each data set and measure.
+    """
+    panels = sorted({(dataset, measure) for dataset, _, _, measure, _ in runs})
 
     def draw(axes: list["Axes"]) -> None:
-        for axis, dataset in zip(axes, datasets, strict=False):
-            mine = [run for run in runs if run[0] == dataset]
-            for model in sorted({run[1] for run in mine}):
-                points = [(x, y) for _, name, x, y in mine if name == model]
+        for axis, panel in zip(axes, panels, strict=False):
+            mine = [(model, x, y) for dataset, model, x, measure, y in runs if (dataset, measure) == panel]
+            for model in sorted({name for name, _, _ in mine}):
+                points = [(x, y) for name, x, y in mine if name == model]
                 axis.semilogx(*zip(*points, strict=True), "o", label=model)
-            axis.set(title=dataset, xlabel="training compute, PFLOP/s-days", ylabel="NDCG@10")
+            axis.set(title=panel[0], xlabel="training compute, PFLOP/s-days", ylabel=panel[1])
             axis.legend(fontsize=6)
 
-    return _png(draw, max(1, len(datasets)))
+    return _png(draw, max(1, len(panels)))
 
 
 Bar = tuple[str, float, float | None]

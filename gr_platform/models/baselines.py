@@ -108,12 +108,12 @@ def require_possible(config: ModelConfig) -> None:
     if kind == "retrieval" and encoder == "dlrm":
         raise UserError(
             "dlrm ranks single items and cannot retrieve from a catalogue; choose hstu, hstu_softmax, transformer, "
-            "sasrec, gru4rec or bert4rec for retrieval, or train dlrm as a ranking model"
+            "sasrec, gru4rec or bert4rec for retrieval, or train dlrm for ranking alone: gr train --kind ranking"
         )
     if kind == "ranking" and encoder == "bert4rec":
         raise UserError(
             "bert4rec learns from hidden items and cannot rank by actions; choose hstu, hstu_softmax, transformer, "
-            "sasrec, gru4rec or dlrm for ranking, or train bert4rec as a retrieval model"
+            "sasrec, gru4rec or dlrm for ranking, or train bert4rec for retrieval alone: gr train --kind retrieval"
         )
     unread = {
         "bert4rec": (*config.context_features, *config.user_features),

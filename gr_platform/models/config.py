@@ -16,6 +16,7 @@ Schedule = Literal["constant", "cosine", "linear"]
 TableOptimizer = Literal["adamw", "rowwise", "frozen"]
 Start = Literal["independent", "matching"]
 Precision = Literal["auto", "fp32", "bf16"]
+MAX_SEED = 2**63 - 1
 
 
 def _positive(owner: object, *names: str) -> None:
@@ -164,6 +165,8 @@ class TrainingConfig:
         for name in ("warmup_steps", "weight_decay", "clip_norm"):
             if getattr(self, name) < 0:
                 raise ValueError(f"TrainingConfig.{name} is {getattr(self, name)}, must be 0 or more")
+        if not 0 <= self.seed <= MAX_SEED:
+            raise ValueError(f"TrainingConfig.seed is {self.seed}, must be in [0, 2**63)")
         if not 0 <= self.average < 1:
             raise ValueError(f"TrainingConfig.average is {self.average}, must be in [0, 1)")
         if self.batch_size % self.accumulate:

@@ -15,7 +15,7 @@ from gr_platform.evaluation import plots
 from gr_platform.experiments import render
 from gr_platform.experiments.experiment import Cell, Experiment
 from gr_platform.experiments.report import Report
-from gr_platform.registry.tracking import connect, experiment_id, flatten
+from gr_platform.registry.tracking import WAIT_S, connect, experiment_id, flatten
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
@@ -24,21 +24,21 @@ if TYPE_CHECKING:
 EXPERIMENTS = "experiments"
 PARENT = "mlflow.parentRunId"
 NAME, SCALE, DIGEST, REPORT = "gr.experiment", "gr.scale", "gr.cell_digest", "gr.report_digest"
-WAIT_S = 600.0
 MAX_PARAM_CHARS = 500
-# What a run's quality is called, the first one that it has; MLflow names.
-QUALITY = ("ndcg_at_10", "test_ndcg_at_10")
+# What is measured -> what MLflow calls it, of a pipeline's run and of a cell's; all on the test.
+QUALITY = {"NDCG@10": ("test_ndcg_at_10", "ndcg_at_10"), "NE": ("test_mean_ne", "mean_ne")}
 COMPUTE = "pflops_days"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Spent:
-    """A run's training compute in PFLOP/s-days and the NDCG@10 it bought."""
+    """A run's training compute in PFLOP/s-days and what it bought: `quality` by `measure`, a key of QUALITY."""
 
     name: str
     dataset: str
     pflops_days: float
-    ndcg_at_10: float
+    measure: str
+    quality: float
 
 
 def log_cell(home: Path, experiment: Experiment, cell: Cell, result: storage.Result) -> str:
@@ -84,18 +84,25 @@ def compute_against_quality(home: Path) -> list[Spent]:
     while True:
         page = client.search_runs(places, filter_string=wanted, max_results=1000, page_token=token)
         for run in page:
-            quality = next((run.data.metrics[name] for name in QUALITY if name in run.data.metrics), None)
-            if quality is not None:
-                found.setdefault(run.data.tags.get(DIGEST, run.info.run_id), _spent(run, quality))
+            for measure, names in QUALITY.items():
+                quality = next((run.data.metrics[name] for name in names if name in run.data.metrics), None)
+                if quality is not None:
+                    found.setdefault(run.data.tags.get(DIGEST, run.info.run_id), _spent(run, measure, quality))
         token = page.token
         if not token:
-            return sorted(found.values(), key=lambda each: (each.dataset, each.pflops_days))
+            return sorted(found.values(), key=lambda each: (each.dataset, each.measure, each.pflops_days))
 
 
-def _spent(run: "Run", quality: float) -> Spent:
+def _spent(run: "Run", measure: str, quality: float) -> Spent:
     tags, metrics = run.data.tags, run.data.metrics
     name = tags.get("gr.label") or tags.get("mlflow.runName", run.info.run_id)
-    return Spent(name=name, dataset=tags.get("gr.dataset", ""), pflops_days=metrics[COMPUTE], ndcg_at_10=quality)
+    return Spent(
+        name=name,
+        dataset=tags.get("gr.dataset", ""),
+        pflops_days=metrics[COMPUTE],
+        measure=measure,
+        quality=quality,
+    )
 
 
 def _parent(client: "MlflowClient", place: str, experiment: Experiment) -> str:

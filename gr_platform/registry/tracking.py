@@ -34,6 +34,9 @@ RETRIEVAL_FIGURES = {
     "popularity": "popularity",
     "cooccurrence": "cooccurrence",
 }
+# What a curve has beside the loss and the figures on validation: its sums are among COSTS.
+SUMS = ("epoch", "phase", "tokens", "num_targets", "train_flops")
+WAIT_S = 600.0
 COSTS = ("num_parameters", "seconds", "tokens_per_s", "train_flops", "pflops_days", "flops_utilisation")
 COMPARED = {"retrieval": "model", "cooccurrence": "co-occurrence", "popularity": "popularity"}
 
@@ -44,6 +47,7 @@ class TrackedRun:
 
     kind: str
     run_id: str
+    name: str
     folder: Path
     run_digest: str
     reused: bool
@@ -90,7 +94,14 @@ def run_metrics(kind: str, evaluation: Mapping[str, Any]) -> dict[str, float]:
     else:
         tasks = evaluation.get("ranking", {})
         named = {f"test_{task}_{k}": v for task, figures in tasks.items() for k, v in figures.items()}
-    return {name: float(v) for name, v in named.items() if isinstance(v, int | float) and not isinstance(v, bool)}
+        entropies = [figures["ne"] for figures in tasks.values() if figures.get("ne") is not None]
+        if entropies:
+            named["test_mean_ne"] = sum(entropies) / len(entropies)
+    return {
+        name: float(v)
+        for name, v in named.items()
+        if isinstance(v, int | float) and not isinstance(v, bool) and (name.startswith("test_") or "_num_" not in name)
+    }
 
 
 def figures_png(kind: str, evaluation: Mapping[str, Any]) -> dict[str, bytes]:
@@ -103,28 +114,59 @@ def figures_png(kind: str, evaluation: Mapping[str, Any]) -> dict[str, bytes]:
     return {"figures": bars, "slices": plots.slices(evaluation["slices"])}
 
 
-def log_run(home: Path, ds: str, kind: str) -> TrackedRun:
+def log_current(home: Path, ds: str, kind: str) -> TrackedRun:
     """Log the data set's current model of `kind` with its current evaluation and return the run.
 
-    A model that has a run gets no second one; only a newer evaluation's figures are added to it.
     Raises UserError if the evaluation belongs to another model than the current one.
     """
     folder = storage.current(home / "runs" / ds, f"{kind}_model")
-    model, evaluation = storage.read_manifest(folder), _evaluation_of(home, ds, folder)
+    return log_run(home, ds, folder, _evaluation_of(home, ds, folder).facts)
+
+
+def log_run(home: Path, ds: str, folder: Path, evaluation: Mapping[str, Any] | None = None) -> TrackedRun:
+    """Log the trained model in a run folder, with the facts of its evaluation where it has one; return the run.
+
+    A model that has a run gets no second one; only figures that the run has not are added to it.
+    """
+    model = storage.read_manifest(folder)
+    kind = model.kind.removesuffix("_model")
     client = connect(home)
-    experiment = experiment_id(client, home, ds)
-    known = find_run(client, experiment, model.digest)
-    tracked = TrackedRun(
-        kind=kind,
-        run_id=known.info.run_id if known else _create_run(client, experiment, ds, folder, model),
-        folder=folder,
-        run_digest=model.digest,
-        reused=known is not None,
-    )
-    if known is None or known.data.tags.get(EVALUATION_DIGEST) != evaluation.digest:
-        _log_evaluation(client, tracked.run_id, kind, evaluation)
+    with storage.exclusive(home, "mlflow", wait_s=WAIT_S):
+        experiment = experiment_id(client, home, ds)
+        known = find_run(client, experiment, model.digest)
+        tracked = TrackedRun(
+            kind=kind,
+            run_id=known.info.run_id if known else _create_run(client, experiment, ds, folder, model),
+            name=known.info.run_name if known else run_name(folder, model),
+            folder=folder,
+            run_digest=model.digest,
+            reused=known is not None,
+        )
+        if evaluation is not None:
+            _log_evaluation(client, tracked.run_id, kind, evaluation)
     log.info("event=run_logged dataset=%s kind=%s run=%s reused=%s", ds, kind, tracked.run_id, tracked.reused)
     return tracked
+
+
+def try_log_run(home: Path, ds: str, folder: Path, evaluation: Mapping[str, Any] | None = None) -> str | None:
+    """Log as `log_run` does; return the run's name, or None where MLflow could not be written: the log says why.
+
+    For callers whose result is on disk by then, whatever MLflow does.
+    """
+    from mlflow.exceptions import MlflowException
+    from sqlalchemy.exc import SQLAlchemyError
+
+    try:
+        return log_run(home, ds, folder, evaluation).name
+    except (MlflowException, SQLAlchemyError, OSError, UserError):
+        log.exception("event=run_not_logged dataset=%s folder=%s", ds, folder.name)
+        return None
+
+
+def run_name(folder: Path, model: storage.Manifest) -> str:
+    """Return what a trained model is called in MLflow: `retrieval-ml_1m-s2-1f3a09c2`, the seed and digits of it."""
+    recipe = _recipe_of(folder)
+    return f"{recipe.model.kind}-{recipe.name}-s{recipe.training.seed}-{model.digest[:8]}"
 
 
 def find_run(client: "MlflowClient", experiment: str, run_digest: str) -> "Run | None":
@@ -152,12 +194,12 @@ def sequences_digest(model: storage.Manifest) -> str:
 def _create_run(client: "MlflowClient", experiment: str, ds: str, folder: Path, model: storage.Manifest) -> str:
     from mlflow.entities import Dataset, DatasetInput, InputTag, Param
 
-    recipe = Recipe.from_json(json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
+    recipe = _recipe_of(folder)
     kind, sequences = recipe.model.kind, sequences_digest(model)
     tags = {"gr.dataset": ds, "gr.kind": kind, "gr.recipe": recipe.name, SEQUENCES_DIGEST: sequences}
     if commit := provenance.git_commit():
         tags["mlflow.source.git.commit"] = commit
-    run = client.create_run(experiment, run_name=f"{kind}-{recipe.name}-{model.digest[:8]}", tags=tags)
+    run = client.create_run(experiment, run_name=run_name(folder, model), tags=tags)
     run_id = str(run.info.run_id)
     try:
         params = [Param(name, str(value)) for name, value in flatten(recipe.to_json()).items()]
@@ -174,15 +216,23 @@ def _create_run(client: "MlflowClient", experiment: str, ds: str, folder: Path, 
     return run_id
 
 
-def _log_evaluation(client: "MlflowClient", run_id: str, kind: str, evaluation: storage.Manifest) -> None:
+def _log_evaluation(client: "MlflowClient", run_id: str, kind: str, evaluation: Mapping[str, Any]) -> None:
     from mlflow.entities import Metric
 
-    final = run_metrics(kind, evaluation.facts)
+    final = run_metrics(kind, evaluation)
+    # Of the figures, not of the files: judged alone or together with the other kind, a model has the same ones.
+    digest = storage.digest_of(final)
+    if client.get_run(run_id).data.tags.get(EVALUATION_DIGEST) == digest:
+        return
     now = int(time.time() * 1000)
     client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in final.items()])
-    _log_pictures(client, run_id, figures_png(kind, evaluation.facts))
-    client.log_dict(run_id, evaluation.facts, "evaluation.json")
-    client.set_tag(run_id, EVALUATION_DIGEST, evaluation.digest)
+    _log_pictures(client, run_id, figures_png(kind, evaluation))
+    client.log_dict(run_id, dict(evaluation), "evaluation.json")
+    client.set_tag(run_id, EVALUATION_DIGEST, digest)
+
+
+def _recipe_of(folder: Path) -> Recipe:
+    return Recipe.from_json(json.loads((folder / "recipe.json").read_text(encoding="utf-8")))
 
 
 def _curves(folder: Path) -> list[dict[str, Any]]:
@@ -191,15 +241,21 @@ def _curves(folder: Path) -> list[dict[str, Any]]:
 
 
 def _curve_metrics(folder: Path) -> "list[Metric]":
-    """Return each epoch's figures; those of a second training after the choice of the epoch are named `refit_...`."""
+    """Return each epoch's figures: `train_loss`, `validation_...`, of a second training `refit_train_loss`."""
     from mlflow.entities import Metric
 
     now = int(time.time() * 1000)
     return [
-        Metric(f"refit_{name}" if row.get("phase") == "refit" else name, float(value), now, int(row["epoch"]))
+        Metric(
+            ("refit_" if row.get("phase") == "refit" else "")
+            + ("train_loss" if name == "loss" else f"validation_{name}"),
+            float(value),
+            now,
+            int(row["epoch"]),
+        )
         for row in _curves(folder)
         for name, value in row.items()
-        if name != "epoch" and isinstance(value, int | float)
+        if name not in SUMS and isinstance(value, int | float)
     ]
 
 

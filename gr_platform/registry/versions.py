@@ -167,5 +167,11 @@ def _signature(kind: str, item_id_type: str) -> "ModelSignature":
 
 
 def register_current(home: Path, ds: str) -> dict[Kind, Version]:
-    """Log and register the data set's current retrieval and ranking model; return the version of each kind."""
-    return {kind: register(home, ds, tracking.log_run(home, ds, kind)) for kind in KINDS}
+    """Log and register the data set's current models; return the version of each kind that there is a model of.
+
+    Raises UserError if there is none, or the evaluation is of other ones.
+    """
+    runs = home / "runs" / ds
+    kinds = [kind for kind in KINDS if (runs / f"{kind}_model.current").is_file()]
+    # Without any model the first kind's absence is said.
+    return {kind: register(home, ds, tracking.log_current(home, ds, kind)) for kind in kinds or KINDS[:1]}

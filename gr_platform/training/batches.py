@@ -8,7 +8,7 @@ import numpy as np
 
 from gr_platform.errors import UserError
 from gr_platform.models.batch import Entries, EventBatch, History
-from gr_platform.models.config import ModelConfig, Recipe
+from gr_platform.models.config import ModelConfig, Recipe, TrainingConfig
 from gr_platform.sequences.dataset import Jagged, SequenceDataset
 from gr_platform.sequences.featured import FeaturedDataset
 from gr_platform.sequences.reader import Batch, Reader, ReaderConfig
@@ -23,15 +23,10 @@ def training_reader(
 
     rows, ends: int64 [U]; every end is 1 or more. The window is the served one, so the position that answers a full
     window is trained too. A batch is what one of `num_ranks` processes reads at once: its share of batch_size users,
-    in `accumulate` parts. Raises UserError if they do not come out even.
+    in `accumulate` parts. Raises UserError as `require_shared` does.
     """
     model, training = recipe.model, recipe.training
-    parts = training.accumulate * num_ranks
-    if training.batch_size % parts:
-        raise UserError(
-            f"batch_size {training.batch_size} cannot be shared by {num_ranks} processes in {training.accumulate} "
-            f"parts each; set it to a multiple of {parts} in the recipe, or start another number of processes"
-        )
+    require_shared(training, num_ranks)
     config = ReaderConfig(
         seed=training.seed,
         batch_size=training.batch_size,
@@ -42,6 +37,16 @@ def training_reader(
         num_ranks=num_ranks,
     )
     return Reader(dataset, rows, window_starts(ends - 1, model.max_events, model.chunk), ends, config, rank=rank)
+
+
+def require_shared(training: TrainingConfig, num_ranks: int) -> None:
+    """Raise UserError unless the users of a step come out even among so many processes and their parts."""
+    parts = training.accumulate * num_ranks
+    if training.batch_size % parts:
+        raise UserError(
+            f"batch_size {training.batch_size} cannot be shared by {num_ranks} processes in {training.accumulate} "
+            f"parts each; set it to a multiple of {parts} in the recipe, or start another number of processes"
+        )
 
 
 def training_batch(batch: Batch, dataset: SequenceDataset | None = None) -> EventBatch:

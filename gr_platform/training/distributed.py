@@ -35,7 +35,8 @@ def main() -> int:
     try:
         run(Path(sys.argv[1]))
     except UserError as error:
-        logger.error("training failed: %s", error)
+        # Whoever started the processes shows the sentence, once.
+        logger.info("event=failed reason=%s", error)
         return FAILED
     return 0
 

@@ -16,7 +16,6 @@ from typing import Any, TypeVar
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 from gr_platform import storage
 from gr_platform.errors import UserError
@@ -25,6 +24,7 @@ from gr_platform.models.batch import EventBatch
 from gr_platform.models.build import Model
 from gr_platform.models.config import Recipe, TrainingConfig
 from gr_platform.sequences.reader import Batch, Reader
+from gr_platform.storage import shown
 from gr_platform.training import checkpoint
 from gr_platform.training.batches import training_batch
 from gr_platform.training.checkpoint import Progress, Sums, copy_state
@@ -33,10 +33,12 @@ from gr_platform.training.objectives import Objective
 from gr_platform.training.optim import Optimizer
 from gr_platform.training.ranks import Ranks
 from gr_platform.training.seeds import torch_seed
+from gr_platform.training.shown import bar, say_epoch
 
 logger = logging.getLogger(__name__)
 
 BAD_BATCH = "bad_batch.json"
+LOWER = "lower learning_rate in a recipe of your own (docs/models.md)"
 T = TypeVar("T")
 
 
@@ -62,7 +64,7 @@ class Epoch:
         progress: bool = True,
     ) -> None:
         self.reader, self.recipe, self.objective, self.folder = reader, recipe, objective, folder
-        self.ranks, self.of, self.progress = ranks, of, progress
+        self.ranks, self.of, self.progress = ranks, of, progress and ranks.first
 
     def __call__(self, model: Model, optimizer: Optimizer, done: Progress) -> None:
         """Train what is left of the epoch at `done.cursor`, validate where the phase does, record both, save."""
@@ -89,19 +91,23 @@ class Epoch:
         done.cursor = self.reader.cursor(epoch + 1)
         logger.info("seconds=%.1f %s", sums.seconds, " ".join(f"{name}={value}" for name, value in entry.items()))
         self._save(model, optimizer, done)
+        if self.progress:
+            say_epoch(self._label(done, epoch), entry, sums.seconds)
+
+    def _label(self, done: Progress, epoch: int) -> str:
+        last = self.recipe.training.max_epochs if done.phase == "validation" else done.best_epoch + 1
+        return f"{self.recipe.model.kind} {done.phase} epoch {epoch + 1}/{last}"
 
     def _pass(self, model: Model, optimizer: Optimizer, done: Progress, epoch: int, first: int) -> None:
         """Take the epoch's steps from its batch number `first` on; a step is `accumulate` batches of each process."""
-        training, ranks = self.recipe.training, self.ranks
+        training = self.recipe.training
         num_steps = math.ceil(self.reader.num_batches(epoch) / training.accumulate)
-        last = training.max_epochs if done.phase == "validation" else done.best_epoch + 1
-        label = f"{self.recipe.model.kind} {done.phase} epoch {epoch + 1}/{last}"
-        shown = {"desc": label, "leave": False, "disable": None if self.progress and ranks.first else True}
+        steps = bar(self._label(done, epoch), num_steps, wanted=self.progress)
         model.train()
         before, begun = done.sums, time.monotonic()
         saved = begun
-        with closing(self.reader.read(epoch, first)) as batches, tqdm(total=num_steps, **shown) as bar:
-            bar.update(first // training.accumulate)
+        with closing(self.reader.read(epoch, first)) as batches, steps:
+            steps.update(first // training.accumulate)
             for number, parts in enumerate(grouped(batches, training.accumulate), first // training.accumulate):
                 figures = self._step(model, optimizer, parts, epoch, (epoch + number / num_steps) / training.max_epochs)
                 done.sums = Sums(
@@ -113,8 +119,8 @@ class Epoch:
                 )
                 speed = (done.sums.tokens - before.tokens) / (done.sums.seconds - before.seconds)
                 loss = done.sums.loss / max(1, done.sums.num_targets)
-                bar.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
-                bar.update()
+                steps.set_postfix_str(f"loss {loss:.4f}, {speed:,.0f} tokens/s", refresh=False)
+                steps.update()
                 if time.monotonic() - saved >= checkpoint.CHECKPOINT_SECONDS and number + 1 < num_steps:
                     done.cursor = self.reader.cursor(epoch, (number + 1) * training.accumulate)
                     self._save(model, optimizer, done)
@@ -152,7 +158,7 @@ class Epoch:
                 said = f"validation after epoch {epoch}: {error}", None
         figures, goal = self.ranks.hear(said)
         if goal is None:
-            raise NonFiniteLoss(f"{figures}; the last checkpoint is kept in {self.folder.name}")
+            raise NonFiniteLoss(f"{figures}; the last checkpoint is kept in {shown(self.folder)}")
         return figures, goal
 
     def _save(self, model: Model, optimizer: Optimizer, done: Progress) -> None:
@@ -163,7 +169,7 @@ class Epoch:
             if not bool(torch.isfinite(weight).all()):
                 raise NonFiniteLoss(
                     f"{name} became NaN or infinite in {done.phase} before step {optimizer.num_steps}; the last "
-                    f"checkpoint is kept in {self.folder.name}; lower the recipe's learning_rate"
+                    f"checkpoint is kept in {shown(self.folder)}; {LOWER}"
                 )
         checkpoint.save_checkpoint(self.folder, model, optimizer, done, self.of)
 
@@ -181,8 +187,8 @@ class Epoch:
         name = BAD_BATCH if self.ranks.num_ranks == 1 else f"rank{self.ranks.rank}_{BAD_BATCH}"
         storage.write_text(self.folder / name, json.dumps(saved, indent=1) + "\n")
         return NonFiniteLoss(
-            f"the loss is {loss} at epoch {epoch}, step {step}; the batch's users stand in {self.folder.name}/{name}, "
-            "the last checkpoint is kept there; lower the recipe's learning_rate"
+            f"the loss is {loss} at epoch {epoch}, step {step}; the batch's users stand in "
+            f"{shown(self.folder)}/{name}, the last checkpoint is kept there; {LOWER}"
         )
 
 

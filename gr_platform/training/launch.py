@@ -1,27 +1,35 @@
 """A training in several processes, as the program that starts them sees it.
 
 Invariant: torchrun starts the processes and ends all of them when one ends badly; none is started again, since the next
-run goes on from the checkpoint. What a process has to say to the user it writes into the job's folder.
+run goes on from the checkpoint. What a process has to say to the user it writes into the job's folder. A program that
+is told to end (Ctrl-C, SIGTERM) ends all of them first.
 """
 
 import json
 import logging
 import os
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NoReturn
 
-from gr_platform import settings, storage
+import psutil
+
+from gr_platform import processes, settings, storage
 from gr_platform.errors import UserError
 from gr_platform.models.config import Recipe
 from gr_platform.training.ranks import LostProcess
 
 MODULE = "gr_platform.training.distributed"
 JOB, FAILURE = "job.json", "failure.txt"
+# torchrun itself gives its processes 30 s to end.
+GRACE_S = 40.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,24 +90,58 @@ def launching(job: Job, num_processes: int, module: str = MODULE) -> Iterator[La
 
 def torchrun(arguments: list[str]) -> int:
     """Run torchrun and return its exit status: that a process failed is said by whoever reads the job's folder, in a
-    sentence, not here in a traceback of torchrun's own."""
+    sentence, not here in a traceback of torchrun's own; nor is a signal that ended it a traceback."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main
 
-    logging.getLogger("torch.distributed.elastic").setLevel(logging.CRITICAL)
+    # All of it: torch gives each of its loggers a level of its own.
+    logging.disable(logging.CRITICAL)
     try:
         main(arguments)
     except ChildFailedError:
         return 1
+    except SignalException as ended:
+        return 128 + ended.sigval
     return 0
 
 
 def launch(job: Job, num_processes: int) -> None:
     """Run a job in several processes. Raises UserError with what a process had to say, LostProcess if one is gone."""
     with launching(job, num_processes) as started:
-        done = subprocess.run(started.command, env=os.environ | started.environment, check=False)
-        if done.returncode:
+        environment = os.environ | started.environment
+        # In a session of its own a terminal's signals reach this process alone, which ends the others in order.
+        running = subprocess.Popen(started.command, env=environment, start_new_session=True)
+        try:
+            with _signals_interrupt():
+                status = running.wait()
+        except BaseException:
+            if running.poll() is None:
+                processes.stop([psutil.Process(running.pid)], grace_s=GRACE_S)
+                running.wait()
+            raise
+        if status:
             raise started.failed()
+
+
+@contextmanager
+def _signals_interrupt() -> Iterator[None]:
+    """Let SIGTERM and SIGHUP interrupt the block as Ctrl-C does, but for what is ignored, as SIGHUP is under nohup."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    plain = [each for each in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(each) is signal.SIG_DFL]
+    for each in plain:
+        signal.signal(each, _interrupt)
+    try:
+        yield
+    finally:
+        for each in plain:
+            signal.signal(each, signal.SIG_DFL)
+
+
+def _interrupt(*_: object) -> NoReturn:
+    raise KeyboardInterrupt
 
 
 def tell_failure(folder: Path, error: UserError) -> None:

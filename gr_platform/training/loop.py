@@ -23,10 +23,11 @@ from gr_platform import settings, storage
 from gr_platform.errors import UserError
 from gr_platform.models.build import MODEL_VERSION
 from gr_platform.models.config import Kind, Recipe
-from gr_platform.models.recipes import named
+from gr_platform.models.recipe_files import chosen
 from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.featured import FeaturedDataset, with_features
 from gr_platform.sequences.splits import Holdout
+from gr_platform.training.batches import require_shared
 from gr_platform.training.checkpoint import Progress
 from gr_platform.training.epoch import forked
 from gr_platform.training.flops import run_facts
@@ -34,7 +35,7 @@ from gr_platform.training.launch import Job, launch
 from gr_platform.training.load import save_model
 from gr_platform.training.memory import keep_freed_memory
 from gr_platform.training.phases import Outcome, Run
-from gr_platform.training.ranks import Ranks
+from gr_platform.training.ranks import Ranks, require_room
 from kernels.hstu_attention.bench import peak_gflops
 
 logger = logging.getLogger(__name__)
@@ -103,13 +104,16 @@ def train_model(
 ) -> storage.Result:
     """Return the trained model of the data set's current sequences, training it unless that was done already.
 
-    `recipe` is a recipe or the name of one; warm_start: the name of a run's folder to start from; start: what runs a
-    job in several processes. The result becomes `runs/<ds>/<kind>_model.current`. A killed run resumes.
-    Raises UserError (unknown recipe, too little data, and as `train` does).
+    `recipe` is a recipe, the name of one or the path of its TOML file; warm_start: the name of a run's folder to start
+    from; start: what runs a job in several processes. The result becomes `runs/<ds>/<kind>_model.current`. A killed
+    run resumes. Raises UserError (unknown recipe, too little data, too many processes, and as `train` does).
     """
     job = Job(home=home, ds=ds, recipe=named_recipe(recipe, kind), warm_start=warm_start, progress=progress)
     launched = num_processes > 1 and _Task.of(job).found is None
     if launched:
+        # Asked before anything starts: many processes take minutes until the first of them can say so.
+        require_shared(job.recipe.training, num_processes)
+        require_room(num_processes)
         start(job, num_processes)
     result = train_share(job, Ranks.alone())
     assert result is not None
@@ -132,9 +136,9 @@ def train_share(job: Job, ranks: Ranks) -> storage.Result | None:
 
 
 def named_recipe(recipe: Recipe | str, kind: Kind) -> Recipe:
-    """Return the recipe of that name and kind. Raises UserError for an unknown name or another kind."""
+    """Return the recipe of that name, or in that TOML file. Raises UserError as `chosen` does, or for another kind."""
     if isinstance(recipe, str):
-        recipe = named(recipe, kind)
+        recipe = chosen(recipe, kind)
     if recipe.model.kind != kind:
         raise UserError(f"recipe {recipe.name!r} is for a {recipe.model.kind} model, a {kind} model was asked for")
     return recipe

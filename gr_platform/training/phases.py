@@ -30,6 +30,7 @@ from gr_platform.training.objectives import objective_of
 from gr_platform.training.optim import Optimizer
 from gr_platform.training.ranks import Ranks
 from gr_platform.training.seeds import torch_seed
+from gr_platform.training.shown import say
 from gr_platform.training.warm_start import copy_weights
 
 logger = logging.getLogger(__name__)
@@ -116,6 +117,8 @@ class Run:
         optimizer = Optimizer(model, training)
         if saved is not None:
             saved.restore(model, optimizer)
+            if self.progress and ranks.first and not finished(done, epochs, training.patience):
+                say(f"{model.config.kind} {phase} goes on from epoch {done.cursor['epoch'] + 1}/{epochs}")
         else:
             done.phase, done.cursor = phase, reader.cursor(0)
         if training.compile:

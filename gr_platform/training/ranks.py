@@ -117,6 +117,16 @@ def joined() -> Iterator[Ranks]:
         dist.destroy_process_group()
 
 
+def require_room(num_ranks: int) -> None:
+    """Raise UserError for more processes than there are GPUs or, without one, cores that this process may use."""
+    if settings.device() == "cuda":
+        _own_gpu(num_ranks - 1)
+    elif num_ranks > (cores := settings.num_cores()):
+        raise UserError(
+            f"{num_ranks} processes would share {cores} usable cores and wait for each other; start at most {cores}"
+        )
+
+
 def _own_gpu(local_rank: int) -> str:
     found = torch.cuda.device_count()
     if local_rank >= found:

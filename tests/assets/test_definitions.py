@@ -52,7 +52,7 @@ def test_assets_checks_and_jobs_are_these() -> None:
     }
     cells = {f"{name}_cells": set() for name in experiments()}
     reports = {f"{name}_report": {f"{name}_cells"} for name in experiments()}
-    assert found == DEPENDENCIES | cells | reports | {"compute_against_quality": set(reports)}
+    assert found == DEPENDENCIES | cells | reports | {"compute_against_quality": set(reports), "comparison": set()}
     assert {(key.asset_key.to_user_string(), key.name) for key in graph.asset_check_keys} == CHECKS
     assert [job.name for job in defs.resolve_all_job_defs() if not job.name.startswith("__")] == ["full_pipeline"]
 

@@ -64,9 +64,24 @@ def test_the_chart_shows_every_run_that_has_compute_and_quality(lab: Path) -> No
     client.log_metric(run.info.run_id, "ndcg_at_10", 0.1)
     client.set_terminated(run.info.run_id)
     assert tracked.compute_against_quality(lab) == [
-        tracked.Spent(name="HSTU", dataset="d", pflops_days=2.0, ndcg_at_10=0.1)
+        tracked.Spent(name="HSTU", dataset="d", pflops_days=2.0, measure="NDCG@10", quality=0.1)
     ]
-    assert _materialize(lab, compute_against_quality)["num_runs"].value == 1
+    # A run of the pipeline is shown by its test, never by what chose its epoch; a ranking model by its NE.
+    for name, metrics in {
+        "untested": {"validation_ndcg_at_10": 0.9},
+        "tested": {"validation_ndcg_at_10": 0.9, "test_ndcg_at_10": 0.2},
+        "ranks": {"test_like_ne": 0.5, "test_mean_ne": 0.6},
+    }.items():
+        run = client.create_run(place.experiment_id, run_name=name, tags={"gr.dataset": "d"})
+        for metric, value in ({"pflops_days": 1.0} | metrics).items():
+            client.log_metric(run.info.run_id, metric, value)
+        client.set_terminated(run.info.run_id)
+    assert {(each.name, each.measure, each.quality) for each in tracked.compute_against_quality(lab)} == {
+        ("HSTU", "NDCG@10", 0.1),
+        ("tested", "NDCG@10", 0.2),
+        ("ranks", "NE", 0.6),
+    }
+    assert _materialize(lab, compute_against_quality)["num_runs"].value == 3
 
 
 def _asset(name: str) -> dg.AssetsDefinition:

@@ -7,11 +7,13 @@ import pytest
 
 from assets.resources import Platform
 from assets.training import retrieval_model
+from gr_platform import settings
 from gr_platform.models.recipes import tiny
 
 
 @pytest.mark.slow
-def test_dagster_trains_in_two_processes_and_hears_of_each_epoch(pipeline_home, tmp_path):
+def test_dagster_trains_in_two_processes_and_hears_of_each_epoch(pipeline_home, tmp_path, monkeypatch):
+    monkeypatch.setattr(settings, "num_cores", lambda: 2)
     shutil.copytree(pipeline_home / "sequences", tmp_path / "sequences")
     config = {"recipe": "tiny", "num_processes": 2}
     with dg.instance_for_test() as instance:

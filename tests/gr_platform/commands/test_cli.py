@@ -51,6 +51,9 @@ def test_help_loads_no_library() -> None:
         (("bench", "nonsense"), "there is no benchmark 'nonsense'"),
         (("train",), "nothing was imported yet"),
         (("train", "--dataset", "d", "--recipe", "huge"), "unknown recipe 'huge'"),
+        (("train", "--dataset", "d", "--recipe", "none.toml"), "cannot read the recipe file none.toml"),
+        (("train", "--dataset", "d", "--recipe", "tiny-dlrm"), "train dlrm for ranking alone: gr train --kind ranking"),
+        (("materialize", "--recipe", "none.toml"), "cannot read the recipe file none.toml"),
         (("train", "--dataset", "d", "--warm-start", "1234"), "has no run '1234'"),
         (("evaluate", "--dataset", "d"), "no retrieval_model yet"),
         (("evaluate", "1234", "--dataset", "d"), "has no run '1234'"),
@@ -61,6 +64,14 @@ def test_help_loads_no_library() -> None:
 )
 def test_a_mistake_is_one_sentence_and_status_2(tmp_path: Path, arguments: tuple[str, ...], expected: str) -> None:
     assert expected in _one_sentence(_gr(tmp_path / "home", *arguments))
+
+
+@pytest.mark.parametrize("arguments", [("train",), ("simulate", "--out", "log.parquet")])
+def test_a_seed_that_no_generator_takes_is_refused(tmp_path: Path, arguments: tuple[str, ...]) -> None:
+    done = _gr(tmp_path / "home", *arguments, "--seed", "99999999999999999999")
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    assert "Invalid value for '--seed'" in done.stderr
 
 
 @pytest.mark.parametrize("option", ["--grpc-port", "--dagster-port"])

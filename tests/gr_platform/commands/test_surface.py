@@ -21,7 +21,7 @@ SURFACE = {
     "card": "--out --dataset",
     "forget": "--user --dataset --yes",
     "recipes": "",
-    "train": "--recipe --kind --dataset --seed --processes --warm-start",
+    "train": "--recipe --kind --dataset --seed --epochs --processes --warm-start",
     "evaluate": "RUN --dataset",
     "compare": "FIRST SECOND --dataset",
     "experiment": "NAME --cell --list --data --scale --json",

@@ -171,6 +171,26 @@ def test_models_of_other_sequences_are_refused(trained, tmp_path):
         evaluate_current(tmp_path, "sim")
 
 
+def test_a_damaged_model_names_the_command_that_trains_it_again(trained, tmp_path, monkeypatch):
+    home, _ = trained
+    monkeypatch.setenv("GR_HOME", str(tmp_path))
+    for name in ("sequences", "landing"):
+        (tmp_path / name).symlink_to(home / name)
+    recipe = tiny("retrieval").with_training(seed=4, max_epochs=1)
+    made = train_model(tmp_path, "sim", "retrieval", recipe, progress=False)
+    again = "train it again: gr train --recipe tiny --kind retrieval --dataset sim --seed 4 --epochs 1$"
+    with (made.folder / "model.safetensors").open("r+b") as stream:
+        stream.truncate(5_000)
+    where = rf"^\$GR_HOME/runs/sim/{made.folder.name}/model\.safetensors"
+    with pytest.raises(UserError, match=rf"{where} is corrupt .*; {again}"):
+        evaluate_run(tmp_path, "sim", made.folder)
+    (made.folder / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=rf"{where} is missing; {again}"):
+        evaluate_run(tmp_path, "sim", made.folder)
+    assert not train_model(tmp_path, "sim", "retrieval", recipe, progress=False).reused
+    evaluate_run(tmp_path, "sim", made.folder)
+
+
 def test_a_missing_model_is_a_clear_error(trained, tmp_path):
     home, _ = trained
     (tmp_path / "sequences").symlink_to(home / "sequences")

@@ -6,14 +6,15 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 
+from gr_platform.commands import options
 from gr_platform.errors import UserError
 from gr_platform.models.baselines import VARIANTS, baseline, require_servable
 from gr_platform.models.build import build_model
-from gr_platform.models.config import ModelConfig, Recipe
+from gr_platform.models.config import MAX_SEED, ModelConfig, Recipe
 from gr_platform.models.recipes import RECIPES, named, require_recipe, settled, tiny
 
 KINDS = ("retrieval", "ranking")
-IMPOSSIBLE = {("retrieval", "dlrm"), ("ranking", "bert4rec")}
+IMPOSSIBLE = {("retrieval", "dlrm"): "ranking", ("ranking", "bert4rec"): "retrieval"}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -32,7 +33,7 @@ def test_every_recipe_builds_and_survives_json(name, kind):
 def test_every_variant_builds_or_says_what_to_choose(variant, kind):
     name = f"tiny-{variant}"
     if (kind, variant) in IMPOSSIBLE:
-        with pytest.raises(UserError, match="choose hstu"):
+        with pytest.raises(UserError, match=f"choose hstu.* alone: gr train --kind {IMPOSSIBLE[kind, variant]}$"):
             named(name, kind)
         with pytest.raises(UserError, match="choose hstu"):
             build_model(baseline(tiny(kind), variant).model, num_rows=50, num_actions=3, tasks=["like"])
@@ -74,6 +75,13 @@ def test_a_frozen_table_and_a_matching_start_are_for_models_that_can_have_them()
         "dlrm": "independent",
     }
     assert baseline(base, "dlrm").training.table_optimizer == "frozen"
+
+
+@pytest.mark.parametrize("seed", [-1, MAX_SEED + 1])
+def test_a_seed_that_generators_cannot_take_is_refused(seed):
+    assert tiny("retrieval").with_training(seed=MAX_SEED).training.seed == MAX_SEED == options.MAX_SEED
+    with pytest.raises(ValueError, match=rf"TrainingConfig\.seed is {seed}, must be in"):
+        tiny("retrieval").with_training(seed=seed)
 
 
 def test_shapes_of_the_papers_data_sets_are_the_papers():

@@ -50,6 +50,19 @@ def test_a_run_is_found_by_its_name_in_mlflow(tmp_path: Path) -> None:
             run_folder(tmp_path, DS, unknown)
 
 
+@pytest.mark.parametrize("text", ["{bad", "[]", '{"schema_version": 9}'])
+def test_a_damaged_manifest_is_in_the_way_of_its_own_run_alone(tmp_path: Path, text: str) -> None:
+    damaged, whole = _run(tmp_path, "retrieval", "a"), _run(tmp_path, "retrieval", "b")
+    (damaged.folder / storage.MANIFEST).write_text(text)
+    for name in (whole.folder.name, whole.manifest.digest[:8], whole.folder.name[-16:][:6]):
+        assert run_folder(tmp_path, DS, name) == whole.folder
+    with pytest.raises(UserError, match=rf"has no run 'x'.*\(runs: {whole.folder.name}\)"):
+        run_folder(tmp_path, DS, "x")
+    for name in (damaged.folder.name, damaged.folder.name[-16:][:6]):
+        with pytest.raises(UserError, match="delete the folder and make it again"):
+            run_folder(tmp_path, DS, name)
+
+
 def test_an_unknown_run_is_answered_with_those_there_are(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data set shop has no run 'x'.*none yet"):
         run_folder(tmp_path, DS, "x")

@@ -1,6 +1,7 @@
 """MLflow as the registry: idempotence, aliases, one pair at a time. Models are stand-ins: files of the right names."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -50,7 +51,7 @@ def _train(home: Path, hr: float, *, name: str = "a", sequences: str = "seq-1") 
 
 
 def _register(home: Path) -> dict[str, versions.Version]:
-    return {kind: versions.register(home, DS, tracking.log_run(home, DS, kind)) for kind in versions.KINDS}
+    return {kind: versions.register(home, DS, tracking.log_current(home, DS, kind)) for kind in versions.KINDS}
 
 
 def _promote(home: Path) -> promotion.Verdict:
@@ -86,7 +87,13 @@ def test_registering_the_same_model_twice_reuses_run_and_version(home: Path) -> 
     assert retrieval.data.metrics["test_hr_at_10"] == 0.3
     assert retrieval.data.metrics["popularity_hr_at_10"] == 0.1
     assert retrieval.data.metrics["cooccurrence_hr_at_10"] == 0.15
-    assert [m.value for m in client.get_metric_history(retrieval.info.run_id, "loss")] == [3.0, 1.5]
+    history = {
+        name: [m.value for m in client.get_metric_history(retrieval.info.run_id, name)]
+        for name in ("train_loss", "validation_hr_at_10")
+    }
+    assert history == {"train_loss": [3.0, 1.5], "validation_hr_at_10": pytest.approx([0.15, 0.3])}
+    assert not {"loss", "hr_at_10"} & set(retrieval.data.metrics)
+    assert re.fullmatch(r"retrieval-tiny-s1-[0-9a-f]{8}", retrieval.info.run_name)
     assert retrieval.inputs.dataset_inputs[0].dataset.digest == "seq-1"
     assert {f.path for f in client.list_artifacts(retrieval.info.run_id, "plots")} >= {
         "plots/figures.png",
@@ -182,7 +189,7 @@ def test_an_evaluation_of_another_model_is_refused(home: Path) -> None:
     _train(home, 0.4, name="b")
     storage.point(home / "runs" / DS, "evaluation", stale)
     with pytest.raises(UserError, match="evaluation of shop is not of retrieval_model"):
-        tracking.log_run(home, DS, "retrieval")
+        tracking.log_current(home, DS, "retrieval")
 
 
 @pytest.mark.parametrize(

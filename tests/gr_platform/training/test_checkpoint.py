@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -9,16 +10,25 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file
 
 from gr_platform.errors import UserError
 from gr_platform.models.config import StochasticLength
 from gr_platform.models.recipes import tiny
 from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.training import checkpoint
-from gr_platform.training.checkpoint import CHECKPOINT, Progress, Sums, load_checkpoint, save_checkpoint
+from gr_platform.training.checkpoint import (
+    CHECKPOINT,
+    CHECKPOINT_VERSION,
+    Progress,
+    Sums,
+    load_checkpoint,
+    save_checkpoint,
+)
 from gr_platform.training.epoch import Epoch
 from gr_platform.training.loop import train
 from gr_platform.training.optim import Optimizer
+from gr_platform.training.unfinished import unfinished as unfinished_trainings
 
 FILES = ("model.safetensors", "curves.json", "recipe.json", "trained.parquet")
 
@@ -171,6 +181,95 @@ def test_a_damaged_checkpoint_is_a_clear_error_and_a_missing_one_a_fresh_start(t
         with pytest.raises(UserError, match="damaged"):
             load_checkpoint(tmp_path)
         assert path.read_bytes() == whole[:kept]
+
+
+def _overwritten(path):
+    content = bytearray(path.read_bytes())
+    content[-200:-100] = b"\xff" * 100
+    path.write_bytes(content)
+
+
+def _with_tensors(change, **texts):
+    def damage(path):
+        with safe_open(path, framework="pt") as opened:
+            said, tensors = opened.metadata(), {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        change(tensors)
+        save_file(tensors, path, metadata=said | texts)
+
+    return damage
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        _overwritten,
+        _with_tensors(lambda tensors: tensors.pop("model.weight")),
+        _with_tensors(lambda tensors: tensors.update({"model.other": torch.ones(2)})),
+        _with_tensors(lambda tensors: tensors["model.weight"][0].add_(1e-6)),  # finite, so nothing else would see it
+        _with_tensors(lambda tensors: None, header='{"version": 4, "of": {}, "progress": {}}'),
+        _with_tensors(lambda tensors: None, header="{"),
+        _with_tensors(lambda tensors: None, header="[]"),
+        _with_tensors(lambda tensors: None, digest=""),
+    ],
+    ids=["bytes", "missing", "extra", "finite", "header", "half_header", "list_header", "no_digest"],
+)
+def test_any_change_of_a_checkpoint_is_seen(tmp_path, monkeypatch, damage):
+    monkeypatch.setenv("GR_HOME", str(tmp_path))
+    folder = tmp_path / "runs" / ".checkpoint-x"
+    path = save_checkpoint(folder, *fresh(), Progress(best={"x": torch.ones(300)}))
+    assert load_checkpoint(folder) is not None
+    damage(path)
+    with pytest.raises(UserError, match="damaged") as caught:
+        load_checkpoint(folder)
+    assert str(caught.value).startswith("$GR_HOME/runs/.checkpoint-x/checkpoint.safetensors is damaged (")
+    assert str(caught.value).endswith("; delete $GR_HOME/runs/.checkpoint-x and train again")
+
+
+def test_a_checkpoint_of_an_older_trainer_says_so(tmp_path):
+    path = save_checkpoint(tmp_path, *fresh(), Progress())
+    with safe_open(path, framework="pt") as opened:
+        tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+    older = json.loads(header(tmp_path)) | {"version": CHECKPOINT_VERSION - 1}
+    save_file(tensors, path, metadata={"header": json.dumps(older)})
+    with pytest.raises(UserError, match=r"has version 3, this release reads 4; delete .* and train again"):
+        load_checkpoint(tmp_path)
+
+
+def test_a_file_shows_each_epoch_and_where_a_run_goes_on(cycle_dataset, tmp_path, monkeypatch, capsys):
+    recipe = tiny("retrieval").with_training(max_epochs=3, patience=9)
+    with monkeypatch.context() as patched:
+        kill_before(patched, 3)  # two steps an epoch
+        with pytest.raises(Killed):
+            train(cycle_dataset, recipe, tmp_path / "run")
+    figures = r"loss \d\.\d{{4}}, hr_at_10 .*, ndcg_at_10 \d\.\d{{4}}, [\d,]+ tokens/s, \d+ s"
+    line = "retrieval validation epoch {}/3: " + figures
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert re.fullmatch(line.format(1), shown.err.strip())
+    [left] = unfinished_trainings(tmp_path)
+    assert (left.recipe, left.kind, left.seed, left.phase, left.num_epochs) == ("tiny", "retrieval", 1, "validation", 1)
+    assert left.folder == tmp_path / ".checkpoint-run"
+    assert left.age_s < 600
+    train(cycle_dataset, recipe, tmp_path / "run")
+    first, *rest = capsys.readouterr().err.strip().splitlines()
+    assert first == "retrieval validation goes on from epoch 2/3"
+    assert [bool(re.fullmatch(line.format(2 + number), each)) for number, each in enumerate(rest)] == [True, True]
+    assert list(unfinished_trainings(tmp_path)) == []
+
+
+def test_a_terminal_has_a_bar_and_no_line_an_epoch(cycle_dataset, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    train(cycle_dataset, tiny("retrieval").with_training(max_epochs=1), tmp_path / "run")
+    shown = capsys.readouterr().err
+    assert "retrieval validation epoch 1/1:" in shown
+    assert "ndcg_at_10" not in shown
+
+
+def test_a_checkpoint_that_says_nothing_is_no_unfinished_training(tmp_path):
+    save_checkpoint(tmp_path / ".checkpoint-a", *fresh(), Progress())
+    (tmp_path / ".checkpoint-b").mkdir()
+    (tmp_path / ".checkpoint-b" / CHECKPOINT).write_bytes(b"half a file")
+    assert list(unfinished_trainings(tmp_path)) == []
 
 
 def test_a_checkpoint_of_another_run_is_refused_and_kept(cycle_dataset, make_dataset, tmp_path, monkeypatch):

@@ -230,10 +230,13 @@ def poison(monkeypatch, *, from_step, mend_loss=False):
 
 @pytest.mark.parametrize("where", ["loss", "validation"])
 def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_checkpoint(cycle_dataset, tmp_path, monkeypatch, where):
+    monkeypatch.setenv("GR_HOME", str(tmp_path))
     poison(monkeypatch, from_step=2, mend_loss=where == "validation")  # two steps an epoch
     with pytest.raises(NonFiniteLoss, match="epoch 1") as caught:
         train(cycle_dataset, tiny("retrieval"), tmp_path / "run", progress=False)
     assert str(tmp_path) not in str(caught.value)
+    # A hidden folder, so it is named from the state folder on.
+    assert " $GR_HOME/.checkpoint-run" in str(caught.value)
     folder = tmp_path / ".checkpoint-run"
     if where == "loss":
         bad = json.loads((folder / BAD_BATCH).read_text())
