@@ -4,23 +4,28 @@ from typing import Any
 
 import dagster as dg
 
-from assets.materialization import Stage, table
+from assets.materialization import UNTRACKED, Stage, table
 from assets.resources import Platform
 
 
 @dg.asset(group_name="models", kinds={"pytorch"}, deps=["sequences", "retrieval_model", "ranking_model"])
 def evaluation(platform: Platform) -> dg.MaterializeResult:
     """Test figures: HR, NDCG, MRR over the whole catalogue beside what counting gives; NE and AUC a task."""
-    from gr_platform.evaluation.evaluate import evaluate_current
+    from gr_platform.evaluation.evaluate import KINDS, evaluate_current
     from gr_platform.evaluation.plots import slices
+    from gr_platform.registry.tracking import try_log_run
+    from gr_platform.storage import current
 
     stage = Stage("evaluation")
-    result = evaluate_current(platform.folder(), platform.dataset_name())
+    home, ds = platform.folder(), platform.dataset_name()
+    result = evaluate_current(home, ds)
     facts = result.manifest.facts
+    folders = {kind: current(home / "runs" / ds, f"{kind}_model") for kind in KINDS if kind in facts}
+    tracked = {f"{kind}_run": try_log_run(home, ds, each, facts) or UNTRACKED for kind, each in folders.items()}
     return stage.finish(
         digest=result.manifest.digest,
         reused=result.reused,
-        figures={name: value for name, value in _figures(facts).items() if value is not None},
+        figures={name: value for name, value in _figures(facts).items() if value is not None} | tracked,
         preview="\n\n".join(_tables(facts)),
         plot=slices(facts["slices"]) if "slices" in facts else None,
     )
@@ -37,14 +42,15 @@ class Pair(dg.Config):
 def comparison(platform: Platform, config: Pair) -> dg.MaterializeResult:
     """Two runs user by user, as `gr compare`: each figure's difference, its 95 % interval and p value by bootstrap."""
     from gr_platform.evaluation.compare import compare_runs
-    from gr_platform.registry.tracking import log_run
+    from gr_platform.evaluation.significance import MEANING
+    from gr_platform.registry.tracking import try_log_run
     from gr_platform.storage import digest_of
 
     stage = Stage("comparison")
     home, ds = platform.folder(), platform.dataset_name()
     found = compare_runs(home, ds, config.first, config.second)
     for run in ("a", "b"):
-        log_run(home, ds, home / "runs" / ds / found[run], found[f"facts_{run}"])
+        try_log_run(home, ds, home / "runs" / ds / found[run], found[f"facts_{run}"])
     lines = found["differences"]
     columns = ["figure", "a", "b", "difference", "low", "high", "p_value"]
     return stage.finish(
@@ -55,7 +61,7 @@ def comparison(platform: Platform, config: Pair) -> dg.MaterializeResult:
             "num_targets": found["num_targets"],
             **{line["figure"]: line["difference"] for line in lines},
         },
-        preview=table(columns, [[line[name] for name in columns] for line in lines]),
+        preview=f"{table(columns, [[line[name] for name in columns] for line in lines])}\n\n{MEANING}",
     )
 
 

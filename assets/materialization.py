@@ -15,6 +15,8 @@ STAGES = logging.getLogger("gr.stages")
 PREVIEW_ROWS = 8
 MAX_PLOT_BYTES = 50_000
 MAX_FAULTS = 5
+# Instead of the name of a run in MLflow.
+UNTRACKED = "MLflow did not take it: the log says why, and the same again logs it later"
 
 
 class Stage:

@@ -5,7 +5,7 @@ import json
 import dagster as dg
 from dagster._core.errors import DagsterPipesExecutionError
 
-from assets.materialization import Stage, table
+from assets.materialization import UNTRACKED, Stage, table
 from assets.resources import Platform, Training
 from gr_platform.models.config import Kind
 
@@ -26,7 +26,7 @@ def _train(
 ) -> dg.MaterializeResult:
     from gr_platform.evaluation.plots import learning_curve
     from gr_platform.registry.names import run_folder
-    from gr_platform.registry.tracking import log_run
+    from gr_platform.registry.tracking import try_log_run
     from gr_platform.training.launch import Job, launching
     from gr_platform.training.loop import named_recipe, train_model
 
@@ -44,7 +44,7 @@ def _train(
         recipe = recipe.with_training(seed=config.seed)
     older = run_folder(home, ds, config.warm_start).name if config.warm_start else None
     result = train_model(home, ds, kind, recipe, num_processes=config.num_processes, warm_start=older, start=start)
-    run = log_run(home, ds, result.folder)
+    tracked = try_log_run(home, ds, result.folder) or UNTRACKED
     curves = json.loads((result.folder / "curves.json").read_text(encoding="utf-8"))
     facts = result.manifest.facts
     figures = {name: facts[name] for name in ("num_parameters", "num_users", "epochs", "best_epoch", "refit_epochs")}
@@ -52,7 +52,7 @@ def _train(
     return stage.finish(
         digest=result.manifest.digest,
         reused=result.reused,
-        figures={"recipe": recipe.name, "seed": recipe.training.seed, "mlflow_run": run.name, **figures, **best},
+        figures={"recipe": recipe.name, "seed": recipe.training.seed, "mlflow_run": tracked, **figures, **best},
         preview=table(list(curves[0]), [[row.get(name, "") for name in curves[0]] for row in curves]),
         plot=learning_curve(curves),
     )

@@ -1,6 +1,10 @@
 """Screenshots of the two UIs for the documentation, taken of simulated data only.
 
-Run after `gr demo` and `gr up`: python docs/take_screenshots.py [--dagster URL] [--mlflow URL] [--experiment simulated]
+Run after `gr demo` and `gr up`, and, so that there is something to compare, `gr train --recipe small-sasrec --kind
+retrieval`, `small-transformer` and `small --seed 2`, each with `gr evaluate RUN`:
+
+    python docs/take_screenshots.py [--dagster URL] [--mlflow URL] [--experiment simulated]
+
 Invariant: refuses an experiment whose name does not start with `simulated`; every picture stays below 300 KB.
 """
 

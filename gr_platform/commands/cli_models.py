@@ -58,6 +58,8 @@ def evaluate(run: options.OneRun = None, dataset: options.Dataset = None) -> Non
 def compare(first: options.FirstRun, second: options.SecondRun, dataset: options.Dataset = None) -> None:
     """Compare two runs user by user: each figure, the difference, its interval and p value by paired bootstrap.
 
+    Intervals cover the choice of users, not of training seeds: train several seeds to see what those do.
+
     Examples: gr compare 1f3a 77c0 | gr compare retrieval_model 77c0
     """
     from gr_platform.commands import judging

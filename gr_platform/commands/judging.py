@@ -42,16 +42,13 @@ def evaluate(home: Path, dataset: str | None, run: str | None, console: Console)
 def compare(home: Path, dataset: str | None, first: str, second: str, console: Console) -> None:
     """Print two runs beside each other, evaluating them first unless that is done. Raises UserError as the library."""
     from gr_platform.evaluation.compare import compare_runs
+    from gr_platform.evaluation.significance import MEANING
     from gr_platform.events.landing import active_dataset
     from gr_platform.registry.tracking import try_log_run
 
     ds = dataset or settings.dataset() or active_dataset(home)
     found = compare_runs(home, ds, first, second)
     console.print(display.comparison_table(found))
-    drawn = (
-        "interval of 95 % and p value by a bootstrap that draws the same users of both runs: they say whether other "
-        "users would see the difference, not whether other training seeds would"
-    )
     runs = home / "runs" / ds
     tracked = [display.tracked(try_log_run(home, ds, runs / found[run], found[f"facts_{run}"])) for run in ("a", "b")]
-    display.lines(console, [f"{found['num_targets']:,} targets; {drawn}", *tracked])
+    display.lines(console, [f"{found['num_targets']:,} targets; {MEANING}", *tracked])

@@ -3,8 +3,9 @@
 Invariant: reading only; a state folder with nothing in it is a valid answer.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 from gr_platform import storage
 from gr_platform.commands import services
@@ -35,12 +36,20 @@ def _dataset(home: Path, ds: str, *, active: bool) -> Iterator[str]:
         users, items, exposures = facts["num_users"], facts["num_items"], facts["num_exposures"]
         yield f"  sequences    {users:,} users, {items:,} items, {exposures:,} exposures"
         facts = storage.read_manifest(storage.current(home / "runs" / ds, "evaluation")).facts
-        retrieval, popularity = facts["retrieval"], facts["popularity"]
-        yield f"  evaluation   HR@10 {retrieval['hr_at_10']:.4f} (popularity {popularity['hr_at_10']:.4f})"
+        yield f"  evaluation   {'; '.join(_quality(facts))}"
     except UserError as error:
         yield f"  {spelt_out(str(error))}"
         return
     yield from _versions(home, ds)
+
+
+def _quality(facts: Mapping[str, Any]) -> Iterator[str]:
+    """Yield the main figure of each kind that was judged."""
+    if "retrieval" in facts:
+        yield f"HR@10 {facts['retrieval']['hr_at_10']:.4f} (popularity {facts['popularity']['hr_at_10']:.4f})"
+    entropies = {task: each["ne"] for task, each in facts.get("ranking", {}).items() if each.get("ne") is not None}
+    if entropies:
+        yield f"NE {', '.join(f'{task} {value:.4f}' for task, value in entropies.items())}"
 
 
 def _unfinished(runs: Path) -> Iterator[str]:

@@ -25,6 +25,8 @@ EXPERIMENTS = "experiments"
 PARENT = "mlflow.parentRunId"
 NAME, SCALE, DIGEST, REPORT = "gr.experiment", "gr.scale", "gr.cell_digest", "gr.report_digest"
 MAX_PARAM_CHARS = 500
+# A cell has it, a run of the pipeline has none.
+LABEL = "gr.label"
 # What is measured -> what MLflow calls it, of a pipeline's run and of a cell's; all on the test.
 QUALITY = {"NDCG@10": ("test_ndcg_at_10", "ndcg_at_10"), "NE": ("test_mean_ne", "mean_ne")}
 COMPUTE = "pflops_days"
@@ -54,7 +56,7 @@ def log_cell(home: Path, experiment: Experiment, cell: Cell, result: storage.Res
         wanted = f"tags.`{DIGEST}` = '{digest}' and tags.`{PARENT}` = '{parent}' and attributes.status = 'FINISHED'"
         if known := client.search_runs([mlflow_experiment], filter_string=wanted, max_results=1):
             return str(known[0].info.run_id)
-        tags = {PARENT: parent, NAME: experiment.name, "gr.dataset": cell.dataset, "gr.label": cell.label}
+        tags = {PARENT: parent, NAME: experiment.name, "gr.dataset": cell.dataset, LABEL: cell.label}
         run = client.create_run(mlflow_experiment, run_name=f"{experiment.name}/{cell.name}", tags=tags)
         return _logged(client, str(run.info.run_id), cell, result)
 
@@ -84,8 +86,8 @@ def compute_against_quality(home: Path) -> list[Spent]:
     while True:
         page = client.search_runs(places, filter_string=wanted, max_results=1000, page_token=token)
         for run in page:
-            for measure, names in QUALITY.items():
-                quality = next((run.data.metrics[name] for name in names if name in run.data.metrics), None)
+            for measure, (of_pipeline, of_cell) in QUALITY.items():
+                quality = run.data.metrics.get(of_cell if LABEL in run.data.tags else of_pipeline)
                 if quality is not None:
                     found.setdefault(run.data.tags.get(DIGEST, run.info.run_id), _spent(run, measure, quality))
         token = page.token
@@ -95,7 +97,7 @@ def compute_against_quality(home: Path) -> list[Spent]:
 
 def _spent(run: "Run", measure: str, quality: float) -> Spent:
     tags, metrics = run.data.tags, run.data.metrics
-    name = tags.get("gr.label") or tags.get("mlflow.runName", run.info.run_id)
+    name = tags.get(LABEL) or tags.get("mlflow.runName", run.info.run_id)
     return Spent(
         name=name,
         dataset=tags.get("gr.dataset", ""),

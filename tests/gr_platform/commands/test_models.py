@@ -8,7 +8,7 @@ from mlflow.exceptions import MlflowException
 from rich.console import Console
 
 from gr_platform import storage
-from gr_platform.commands import demo, judging, status, training
+from gr_platform.commands import cli_models, demo, judging, status, training
 from gr_platform.errors import UserError
 from gr_platform.events.ingest import ingest
 from gr_platform.events.landing import import_file
@@ -117,6 +117,8 @@ def test_two_runs_are_compared_with_an_interval(home):
     assert "hr_at_200" in shown
     assert "95 %" in shown
     assert "seed 2" in shown
+    assert "not whether other training seeds would" in " ".join(shown.split())
+    assert "not of training seeds" in (cli_models.compare.__doc__ or "")
     with pytest.raises(UserError, match="are one run"):
         _shown(judging.compare, home, DS, first, first)
     with pytest.raises(UserError, match="compare two of one kind"):
