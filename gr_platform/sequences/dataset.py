@@ -161,7 +161,7 @@ class SequenceDataset:
     def gather(self, rows: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> Jagged:
         """Return exposures starts..stops-1 of the sequences of user rows, int64 [B] each, as one copy.
 
-        Raises ValueError unless 0 <= start <= stop <= length.
+        Raises ValueError unless 0 <= start <= stop <= length, UserError for an item that the vocabulary has no row of.
         """
         rows, starts, stops = (np.asarray(each, np.int64) for each in (rows, starts, stops))
         if ((starts < 0) | (stops < starts) | (stops > self.lengths[rows])).any():
@@ -169,6 +169,13 @@ class SequenceDataset:
         offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(stops - starts)])
         chunk, source, length = self._spans(rows, starts, stops)
         found = {name: _copied(chunks, chunk, source, length) for name, chunks in self._values.items()}
+        # Else a model's table is read past its end: a traceback on the CPU, on a GPU the end of the process.
+        if found["items"].size and found["items"].max() >= self.vocabulary.num_rows:
+            raise UserError(
+                f"the sequences name item {found['items'].max()}, but the vocabulary ends at "
+                f"{self.vocabulary.num_rows - 1}, so the item has no embedding; run gr materialize "
+                "--select item_vocabulary --select sequences"
+            )
         context = {name: found.pop(CONTEXT + name) for name in self.codes}
         return Jagged(offsets, **found, context=context)
 

@@ -89,6 +89,15 @@ def test_too_few_users_and_tasks_that_cannot_be_learned_are_refused(make_dataset
         train(nothing_wanted, tiny("retrieval"), tmp_path / "run", progress=False)
 
 
+@pytest.mark.parametrize("kind", ["retrieval", "ranking"])
+def test_an_item_without_an_embedding_row_is_named_and_nothing_is_left_half_trained(make_dataset, tmp_path, kind):
+    users = [[(item % 5, 1 + item % 2, 1000 * item) for item in range(user, user + 6)] for user in range(20)]
+    users[7][2] = (5, 1, users[7][2][2])  # of five items, numbered from 0
+    with pytest.raises(UserError, match=r"name item 10, but the vocabulary ends at 9, so the item has no embedding"):
+        train(make_dataset(users, num_items=5), tiny(kind), tmp_path / "run", progress=False)
+    assert not (tmp_path / "run").exists()
+
+
 def test_no_batch_holds_a_held_out_event_and_every_user_comes_once(cycle_dataset):
     rows, ends = training_users(cycle_dataset)
     reader = training_reader(cycle_dataset, rows, ends, tiny("retrieval").with_training(batch_size=16))
