@@ -11,16 +11,17 @@ from assets.resources import Platform
 @dg.asset(group_name="models", kinds={"pytorch"}, deps=["sequences", "retrieval_model", "ranking_model"])
 def evaluation(platform: Platform) -> dg.MaterializeResult:
     """Test figures: HR, NDCG, MRR over the whole catalogue beside what counting gives; NE and AUC a task."""
-    from gr_platform.evaluation.evaluate import KINDS, evaluate_current
+    from gr_platform.evaluation.evaluate import evaluate_current
     from gr_platform.evaluation.plots import slices
     from gr_platform.registry.tracking import try_log_run
+    from gr_platform.registry.versions import trained_kinds
     from gr_platform.storage import current
 
     stage = Stage("evaluation")
     home, ds = platform.folder(), platform.dataset_name()
     result = evaluate_current(home, ds)
     facts = result.manifest.facts
-    folders = {kind: current(home / "runs" / ds, f"{kind}_model") for kind in KINDS if kind in facts}
+    folders = {kind: current(home / "runs" / ds, f"{kind}_model") for kind in trained_kinds(home, ds)}
     tracked = {f"{kind}_run": try_log_run(home, ds, each, facts) or UNTRACKED for kind, each in folders.items()}
     return stage.finish(
         digest=result.manifest.digest,

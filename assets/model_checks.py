@@ -85,13 +85,13 @@ def finite_figures(platform: Platform) -> dg.AssetCheckResult:
     import math
 
     from gr_platform.registry.tracking import run_metrics
+    from gr_platform.registry.versions import trained_kinds
 
     facts = storage.read_manifest(_run_folder(platform, "evaluation")).facts
     by_kind = {kind: run_metrics(kind, facts) for kind in KINDS}
     figures = {name: value for of_kind in by_kind.values() for name, value in of_kind.items()}
     faults = [f"{name} is {value}" for name, value in figures.items() if not math.isfinite(value)]
-    runs = platform.folder() / "runs" / platform.dataset_name()
-    trained = [kind for kind in KINDS if (runs / f"{kind}_model.current").is_file()]
+    trained = trained_kinds(platform.folder(), platform.dataset_name())
     faults += [f"{kind} has no figures" for kind in trained if not by_kind[kind]]
     return verdict("evaluation finite_figures", faults, f"all {len(figures)} figures are finite")
 

@@ -16,17 +16,18 @@ def evaluate(home: Path, dataset: str | None, run: str | None, console: Console)
 
     Raises UserError if there is no such run, or it was trained on other sequences.
     """
-    from gr_platform.evaluation.evaluate import KINDS, evaluate_current, evaluate_run
+    from gr_platform.evaluation.evaluate import evaluate_current, evaluate_run
     from gr_platform.events.landing import active_dataset
     from gr_platform.registry.names import run_folder
     from gr_platform.registry.tracking import try_log_run
+    from gr_platform.registry.versions import trained_kinds
 
     ds = dataset or settings.dataset() or active_dataset(home)
     runs = home / "runs" / ds
     if run is None:
         with storage.exclusive(home, "stages"):
             facts, judged = evaluate_current(home, ds).manifest.facts, f"the current models of {ds}"
-        folders = [storage.current(runs, f"{kind}_model") for kind in KINDS if kind in facts]
+        folders = [storage.current(runs, f"{kind}_model") for kind in trained_kinds(home, ds)]
     else:
         folders = [run_folder(home, ds, run)]
         facts, judged = evaluate_run(home, ds, folders[0]).manifest.facts, folders[0].name

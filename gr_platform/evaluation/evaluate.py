@@ -22,10 +22,11 @@ from gr_platform.evaluation.protocols import judge_by_model, rank_by_cooccurrenc
 from gr_platform.evaluation.ranks import Ranked
 from gr_platform.evaluation.slices import slice_table
 from gr_platform.evaluation.tables import LABEL, LOGIT, judged_table, metrics_of_table, ranked_table, tasks_of
-from gr_platform.models.config import Kind, Recipe
+from gr_platform.models.config import Recipe
 from gr_platform.models.ranking import RankingModel
 from gr_platform.models.recipe_files import command_for
 from gr_platform.models.retrieval import RetrievalModel
+from gr_platform.registry.versions import trained_kinds
 from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.featured import FeaturedDataset, with_features
 from gr_platform.sequences.splits import Holdout, is_refit, leave_one_out
@@ -33,7 +34,6 @@ from gr_platform.training.load import load_model
 from gr_platform.training.loop import trained_ends
 
 EVALUATION_VERSION = 2
-KINDS: tuple[Kind, ...] = ("retrieval", "ranking")
 BASELINES: dict[str, Callable[[SequenceDataset, Holdout], Ranked]] = {
     "popularity": rank_by_popularity,
     "cooccurrence": rank_by_cooccurrence,
@@ -47,9 +47,7 @@ def evaluate_current(home: Path, ds: str) -> storage.Result:
     Raises UserError if there is no model at all, or one was trained on other sequences.
     """
     runs = home / "runs" / ds
-    kinds = [kind for kind in KINDS if (runs / f"{kind}_model.current").is_file()]
-    # Without any model the first kind's absence is said.
-    folders = [storage.current(runs, f"{kind}_model") for kind in kinds or KINDS[:1]]
+    folders = [storage.current(runs, f"{kind}_model") for kind in trained_kinds(home, ds)]
     models: dict[str, str] = {}
     for folder in folders:
         models |= evaluation_spec(home, ds, folder)["models"]

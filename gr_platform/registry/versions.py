@@ -171,7 +171,10 @@ def register_current(home: Path, ds: str) -> dict[Kind, Version]:
 
     Raises UserError if there is none, or the evaluation is of other ones.
     """
+    return {kind: register(home, ds, tracking.log_current(home, ds, kind)) for kind in trained_kinds(home, ds)}
+
+
+def trained_kinds(home: Path, ds: str) -> tuple[Kind, ...]:
+    """Return the kinds that a data set has a current model of; without any the first, whose absence its reader says."""
     runs = home / "runs" / ds
-    kinds = [kind for kind in KINDS if (runs / f"{kind}_model.current").is_file()]
-    # Without any model the first kind's absence is said.
-    return {kind: register(home, ds, tracking.log_current(home, ds, kind)) for kind in kinds or KINDS[:1]}
+    return tuple(kind for kind in KINDS if (runs / f"{kind}_model.current").is_file()) or KINDS[:1]
