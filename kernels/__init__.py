@@ -12,7 +12,7 @@ from kernels.hstu_attention import (
     hstu_attention,
     pairwise_time_buckets,
 )
-from kernels.hstu_attention_cached import PastKV, attend_candidates, attend_new, hstu_attention_cached
+from kernels.hstu_attention_cached import PastKV, attend_candidates, attend_new, hstu_attention_cached, shared_tiles
 from kernels.jagged import jagged_concat, jagged_gather, jagged_split
 from kernels.norm_gate import hash_dropout, norm_gate, norm_gate_linear
 from kernels.rowwise_adamw import RowwiseAdamW, rowwise_adamw_
@@ -40,5 +40,6 @@ __all__ = [
     "pairwise_time_buckets",
     "rowwise_adamw_",
     "sampled_softmax",
+    "shared_tiles",
     "uvqk",
 ]

@@ -73,14 +73,14 @@ def _unpad(out_LHD: Tensor, x_GHnD: Tensor, rows: Tensor, real: Tensor) -> None:
     out_LHD.index_copy_(0, rows.view(-1).index_select(0, kept), by_row.index_select(0, kept))
 
 
-def _scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
+def biased_scores(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
     """Return q k^T + bias [G * H, r, c]; bias [G, r, c] is shared by the heads."""
     heads = len(q) // len(bias)
     scores = bias[:, None].expand(-1, heads, -1, -1).contiguous().view(len(q), *bias.shape[1:])
     return scores.baddbmm_(q, k.transpose(1, 2))
 
 
-def _of_user(x_LHD: Tensor, rows: slice) -> Tensor:
+def of_user(x_LHD: Tensor, rows: slice) -> Tensor:
     """Return rows of one user as a contiguous copy [H, rows, D]."""
     return x_LHD[rows].transpose(0, 1).clone(memory_format=torch.contiguous_format)
 
@@ -101,7 +101,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, pos_weight: Tensor, time_weight: Te
         for first, last in group.row_blocks():
             keys = slice(batch.first_key(first), last)
             buckets = bias.next_buckets(len(rows), last - first, last)[:, :, keys]
-            scores = _scores(q_pad[:, first:last], k_pad[:, keys], bias.of_block(buckets))
+            scores = biased_scores(q_pad[:, first:last], k_pad[:, keys], bias.of_block(buckets))
             out_pad[:, first:last] = torch.bmm(F.silu(scores, inplace=True), v_pad[:, keys])
         _unpad(out, out_pad.div_(batch.max_seq_len), rows, real)
     for user in batch.users:
@@ -114,11 +114,11 @@ def _targets_forward(
     out: Tensor, qkv: tuple[Tensor, Tensor, Tensor], user: Span, bias: TileBias, max_seq_len: int
 ) -> None:
     """Write the rows of a user's targets, which see the history and themselves."""
-    k_past, v_past = (_of_user(x, user.history()) for x in qkv[1:])
+    k_past, v_past = (of_user(x, user.history()) for x in qkv[1:])
     for rows in user.target_rows():
-        q, k, v = (_of_user(x, rows) for x in qkv)
+        q, k, v = (of_user(x, rows) for x in qkv)
         tile = bias.of_targets(bias.next_buckets(q.shape[1], user.h))
-        result = torch.bmm(F.silu(_scores(q, k_past, tile[None]), inplace=True), v_past)
+        result = torch.bmm(F.silu(biased_scores(q, k_past, tile[None]), inplace=True), v_past)
         alone = (q * k).sum(-1) + bias.of_themselves(bias.next_buckets(q.shape[1]))
         out[rows] = result.addcmul_(F.silu(alone)[..., None], v).div_(max_seq_len).transpose(0, 1)
 
@@ -161,7 +161,7 @@ def _group_backward(
     for first, last in group.row_blocks():
         block, keys = slice(first, last), slice(batch.first_key(first), last)
         buckets = bias.next_buckets(len(rows), last - first, last)[:, :, keys]
-        scores = _scores(q[:, block], k[:, keys], bias.of_block(buckets))
+        scores = biased_scores(q[:, block], k[:, keys], bias.of_block(buckets))
         dv[:, keys] += torch.bmm(F.silu(scores).transpose(1, 2), d_out[:, block])
         d_scores = silu_backward(torch.bmm(d_out[:, block], v[:, keys].transpose(1, 2)), scores)
         dq[:, block] = torch.bmm(d_scores, k[:, keys])
@@ -181,12 +181,12 @@ def _targets_backward(
     """Write the gradients of a user's targets and add theirs to its history's k and v."""
     dq, dk, dv = grads
     past = user.history()
-    k_past, v_past = (_of_user(x, past) for x in qkv[1:])
+    k_past, v_past = (of_user(x, past) for x in qkv[1:])
     for rows in user.target_rows():
-        q, k, v = (_of_user(x, rows) for x in qkv)
-        d_out = _of_user(grad, rows).div_(max_seq_len)
+        q, k, v = (of_user(x, rows) for x in qkv)
+        d_out = of_user(grad, rows).div_(max_seq_len)
         buckets, own = bias.next_buckets(q.shape[1], user.h), bias.next_buckets(q.shape[1])
-        scores = _scores(q, k_past, bias.of_targets(buckets)[None])
+        scores = biased_scores(q, k_past, bias.of_targets(buckets)[None])
         d_scores = silu_backward(torch.bmm(d_out, v_past.transpose(1, 2)), scores)
         alone = (q * k).sum(-1) + bias.of_themselves(own)
         d_alone = silu_backward((d_out * v).sum(-1), alone)[..., None]

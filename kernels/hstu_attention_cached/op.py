@@ -12,7 +12,7 @@ from typing import Any, TypeGuard
 import torch
 from torch import Tensor
 
-from kernels.dispatch import Backend, choose, outside_autocast, require, require_tensor
+from kernels.dispatch import Backend, choose, outside_autocast, require, require_tensor, traced_or_cast
 from kernels.hstu_attention.batch import checked_offsets
 from kernels.hstu_attention.op import check, compute_dtype
 from kernels.hstu_attention_cached import cpu, reference
@@ -48,13 +48,15 @@ def hstu_attention_cached(
     *,
     num_targets: Tensor | None = None,
     max_attn_len: int = 0,
+    tiles: list[Tensor] | None = None,
     backend: Backend | None = None,
 ) -> Tensor:
     """Return the attention [L, H, Dv] of new tokens over past and new ones, without a gradient.
 
     q, k [L, H, D], v [L, H, Dv], seq_offsets int64 [B + 1], times and query_times int64 [L] ms: the new tokens; the
-    last num_targets (int64 [B]) of each user's are candidates, which see all history and themselves. The rest as in
-    `hstu_attention`. Raises ValueError naming the argument. Source: PAPER section 4.
+    last num_targets (int64 [B]) of each user's are candidates, which see all history and themselves. tiles: the work
+    that the layers of a step share, of `shared_tiles`, or None. The rest as in `hstu_attention`. Raises ValueError
+    naming the argument. Source: PAPER section 4.
     """
     chosen = choose(backend, q)
     check(q, k, v, pos_weight, time_weight, len(times), max_seq_len, max_attn_len, chosen)
@@ -73,7 +75,10 @@ def hstu_attention_cached(
         check_places(past.offsets.tolist(), past.k, past.page_table)
         wide: list[Any] = [x.to(compute_dtype(q)) if _is_float(x) else x for x in arguments]
         return reference.hstu_attention_cached(*wide).to(v.dtype)
-    return _cached(*arguments, chosen)
+    if not torch.is_grad_enabled() and not traced_or_cast(q):
+        # The registered op would add nothing but its 20 us a call, which matter when serving one token.
+        return _on_backend(*arguments, list(tiles or ()), chosen)
+    return _cached(*arguments, list(tiles or ()), chosen)
 
 
 def _is_float(x: Any) -> TypeGuard[Tensor]:
@@ -132,6 +137,61 @@ def check_places(past_bounds: list[int], past_k: Tensor, page_table: Tensor | No
         require(good, f"past.page_table[{user}]", named, f"page numbers in 0..{num_pages - 1}")
 
 
+def shared_tiles(
+    seq_offsets: Tensor, times: Tensor, query_times: Tensor, past: PastKV, num_targets: Tensor | None = None
+) -> list[Tensor] | None:
+    """Return the time buckets that the layers of a step share, arguments as in `hstu_attention_cached`; None on a GPU,
+    whose kernel forms them itself."""
+    if times.is_cuda:
+        return None
+    users = cpu.Users(
+        seq_offsets.tolist(),
+        [0] * (len(seq_offsets) - 1) if num_targets is None else num_targets.tolist(),
+        past.offsets.tolist(),
+        past.page_table,
+    )
+    return list(cpu.buckets(users, times, query_times, past.times))
+
+
+def _on_backend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    seq_offsets: Tensor,
+    times: Tensor,
+    query_times: Tensor,
+    num_targets: Tensor | None,
+    past_k: Tensor,
+    past_v: Tensor,
+    past_times: Tensor,
+    past_offsets: Tensor,
+    page_table: Tensor | None,
+    pos_weight: Tensor,
+    time_weight: Tensor,
+    max_seq_len: int,
+    max_attn_len: int,
+    tiles: list[Tensor],
+    backend: str,
+) -> Tensor:
+    # Lengths are values, so they are looked at here, where tracing does not come.
+    bounds, targets, past_bounds = check_lengths(seq_offsets, num_targets, past_offsets, len(q), max_seq_len)
+    check_places(past_bounds, past_k, page_table)
+    constants = (max_seq_len, max_attn_len)
+    if backend == "triton":
+        from kernels.hstu_attention_cached import triton
+
+        return triton.forward(
+            (q, k, v, times, query_times), bounds, targets, seq_offsets, num_targets, (past_k, past_v, past_times),
+            past_offsets, past_bounds, page_table, pos_weight, time_weight, *constants,
+        )  # fmt: skip
+    wide = compute_dtype(q)
+    new = (q.to(wide), k.to(wide), v.to(wide), times, query_times)
+    past = (past_k.to(wide), past_v.to(wide), past_times)
+    users = cpu.Users(bounds, targets, past_bounds, page_table)
+    weights = (pos_weight.to(wide), time_weight.to(wide))
+    return cpu.forward(new, users, past, *weights, tiles or None, *constants).to(v.dtype)
+
+
 @torch.library.custom_op("gr::hstu_attention_cached", mutates_args=())
 @outside_autocast
 def _cached(
@@ -151,26 +211,13 @@ def _cached(
     time_weight: Tensor,
     max_seq_len: int,
     max_attn_len: int,
+    tiles: list[Tensor],
     backend: str,
 ) -> Tensor:
-    # Lengths are values, so they are looked at here, where tracing does not come.
-    bounds, targets, past_bounds = check_lengths(seq_offsets, num_targets, past_offsets, len(q), max_seq_len)
-    check_places(past_bounds, past_k, page_table)
-    new = (q, k, v, times, query_times)
-    past = (past_k, past_v, past_times)
-    constants = (max_seq_len, max_attn_len)
-    if backend == "triton":
-        from kernels.hstu_attention_cached import triton
-
-        return triton.forward(
-            new, bounds, targets, seq_offsets, num_targets, past, past_offsets, past_bounds, page_table,
-            pos_weight, time_weight, *constants,
-        )  # fmt: skip
-    wide = compute_dtype(q)
-    new = (q.to(wide), k.to(wide), v.to(wide), times, query_times)
-    past = (past_k.to(wide), past_v.to(wide), past_times)
-    weights = (pos_weight.to(wide), time_weight.to(wide))
-    return cpu.forward(new, bounds, targets, past, past_bounds, page_table, *weights, *constants).to(v.dtype)
+    return _on_backend(
+        q, k, v, seq_offsets, times, query_times, num_targets, past_k, past_v, past_times, past_offsets, page_table,
+        pos_weight, time_weight, max_seq_len, max_attn_len, tiles, backend,
+    )  # fmt: skip
 
 
 @_cached.register_fake

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels.hstu_attention import JaggedTimes, hstu_attention
-from kernels.hstu_attention_cached import PastKV, attend_candidates, attend_new, hstu_attention_cached
+from kernels.hstu_attention_cached import PastKV, attend_candidates, attend_new, hstu_attention_cached, shared_tiles
 from tests.kernels.attention_cases import make_inputs, rms_ratio
 
 # (past, new history, candidates) of each user.
@@ -69,6 +69,14 @@ def split(
         return hstu_attention_cached(*given, cache, *there(*narrow), n, **options).cpu()
 
     return full[new_rows], run
+
+
+def test_tiles_that_layers_share_change_no_bit():
+    for page in (0, 4):
+        given = arguments(page)
+        names = ("seq_offsets", "times", "query_times", "past", "num_targets")
+        tiles = shared_tiles(*(given[name] for name in names))
+        assert torch.equal(hstu_attention_cached(**given, tiles=tiles), hstu_attention_cached(**given))
 
 
 def worst_share(ours, truth):
@@ -213,9 +221,11 @@ def test_the_op_passes_opcheck_and_compiles_whole(page):
     flat = (
         *(given[name] for name in ("q", "k", "v", "seq_offsets", "times", "query_times", "num_targets")),
         past.k, past.v, past.times, past.offsets, past.page_table, given["pos_weight"], given["time_weight"],
-        given["max_seq_len"], 0, "cpu",
+        given["max_seq_len"], 0,
     )  # fmt: skip
-    torch.library.opcheck(torch.ops.gr.hstu_attention_cached.default, flat)
+    tiles = shared_tiles(given["seq_offsets"], given["times"], given["query_times"], past, given["num_targets"])
+    for shared in ([], tiles):
+        torch.library.opcheck(torch.ops.gr.hstu_attention_cached.default, (*flat, shared, "cpu"))
     compiled = torch.compile(lambda q: hstu_attention_cached(**given | {"q": q}), fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(given["q"]), hstu_attention_cached(**given))
 
