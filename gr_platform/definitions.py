@@ -17,6 +17,7 @@ from assets import (
     model_checks,
     registration,
     sequences,
+    served,
     training,
 )
 from assets.resources import Platform
@@ -28,7 +29,7 @@ full_pipeline = dg.define_asset_job(
     selection=dg.AssetSelection.all()
     - dg.AssetSelection.groups(experiments.GROUP)
     - dg.AssetSelection.assets(evaluation.comparison),
-    description="From landed files to the served pair of models; finished stages are reused.",
+    description="From landed files to the served pair of models and what it served; finished stages are reused.",
 )
 
 
@@ -51,7 +52,7 @@ def file_logger(context: dg.InitLoggerContext) -> logging.Logger:
 
 defs = dg.Definitions(
     assets=dg.load_assets_from_modules(
-        [events, data_card, sequences, training, evaluation, registration, deployment, experiments]
+        [events, data_card, sequences, training, evaluation, registration, deployment, served, experiments]
     ),
     asset_checks=dg.load_asset_checks_from_modules([data_checks, model_checks]),
     jobs=[full_pipeline],

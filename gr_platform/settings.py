@@ -57,6 +57,23 @@ def peer_python() -> Path | None:
     return python
 
 
+def perf_analyzer() -> Path | None:
+    """Return the load tool that `gr bench serving` runs beside its own, or None: `GR_PERF_ANALYZER` names its folder.
+
+    Raises UserError if it is not in there.
+    """
+    configured = os.environ.get("GR_PERF_ANALYZER")
+    if not configured:
+        return None
+    binary = Path(configured).absolute() / "perf_analyzer"
+    if not os.access(binary, os.X_OK):
+        raise UserError(
+            "GR_PERF_ANALYZER names a folder without an executable perf_analyzer; docs/benchmarks says where it comes "
+            "from"
+        )
+    return binary
+
+
 def dataset() -> str | None:
     """Return the data set that `GR_DATASET` names, or None: then the one imported last is meant."""
     return os.environ.get("GR_DATASET") or None

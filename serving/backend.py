@@ -1,26 +1,33 @@
-"""What the model.py files share: settings, metrics, an engine, and one response or one error per request.
+"""gr_ranker and gr_retriever behind the server's Python model interface: decode, one engine, encode.
 
-Invariant: a caller sees a message that was written for callers, or "internal error"; a traceback or a path goes to the
-server's log only. Imported inside the model server, so `pb_utils` (its own module) is handed in.
+Invariant: `execute` hands requests to the engine's thread and returns; each is answered once through its response
+sender. A caller sees a message that was written for callers, or "internal error"; a traceback or a path goes to the
+server's log only. Imported inside the model server, so `pb_utils` (its own module) comes with the model.
 """
 
 import json
+import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
 from gr_platform import settings
+from gr_platform.bundle.compute import ComputePath
 from gr_platform.bundle.load import load
+from gr_platform.bundle.verify import parity
 from gr_platform.errors import UserError
-from serving.engine.cache import CacheCounters
-from serving.engine.requests import InvalidRequestError
+from serving import calls
+from serving.engine.engine import Engine, Limits
+from serving.engine.jobs import DEFAULT_PRIORITY, Job, Terms
+from serving.engine.model import Model
+from serving.engine_metrics import EngineMetrics
 
-Handler = Callable[[dict[str, np.ndarray]], Mapping[str, np.ndarray]]
+PRIORITY = "gr_priority"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,115 +54,120 @@ class ModelSettings:
             num_threads=int(parameters["num_threads"]) or settings.num_threads(),
         )
 
-    @property
-    def cache_bytes(self) -> int:
-        """The bound of the K/V cache."""
-        return int(self.parameters["cache_bytes"])
+    def limits(self) -> Limits:
+        """Return what the engine takes at once."""
+        return Limits(max_queue=int(self.parameters["max_queue"]), max_users=int(self.parameters["max_batch_size"]))
 
 
 class EngineModel(ABC):
-    """What gr_ranker and gr_retriever have in common: a bundle's engine behind the server's Python model interface.
+    """A bundle's engine as a server model.
 
-    A model names `pb_utils` (the server's own module), its `inputs` and what builds its engine.
+    A model names `pb_utils` (the server's own module), its `inputs` and its kind of engine `model`.
     """
 
     pb_utils: Any
     inputs: Sequence[str]
-    build_engine: Callable[..., Any]
+    model: type[Model]
 
     def initialize(self, args: dict[str, str]) -> None:
-        """Load and warm up the bundle beside the model's file."""
+        """Load the bundle beside the model's file, hold it against its golden requests, and warm up.
+
+        The server goes on with what it served before if this raises.
+        """
         own = ModelSettings.of(args)
         try:
-            bundle = load(own.bundle)
+            model = self._loaded(own)
         except UserError as error:
             raise self.pb_utils.TritonModelException(str(error)) from None
-        self._engine = type(self).build_engine(bundle, cache_bytes=own.cache_bytes, num_threads=own.num_threads)
-        self._engine.warm_up()
-        self._metrics = Metrics(self.pb_utils, own.name)
+        model.warm_up()
+        self._engine = Engine(model, own.limits())
+        self._metrics = EngineMetrics(self.pb_utils, own.name, self._engine)
+        self._engine.start()
 
-    def execute(self, requests: list[Any]) -> list[Any]:
-        """Return one response per request."""
-        return answer(self.pb_utils, requests, self.inputs, self._handle)
+    def execute(self, requests: list[Any]) -> list[None]:
+        """Hand the requests to the engine; their answers leave through response senders."""
+        arrived = time.monotonic()
+        for request in requests:
+            sender = request.get_response_sender()
+
+            def done(job: Job, outcome: Any, request: Any = request, sender: Any = sender) -> None:
+                self._answer(request, sender, job, outcome)
+
+            try:
+                arrays = {name: self._array(request, name) for name in self.inputs}
+                self._engine.submit(self.decode(arrays), done, _terms(request, arrived))
+            except Exception as error:
+                # The process boundary: re-raising would fail the whole batch and show the traceback to callers.
+                self._send(sender, self._failure(request, error))
+        return [None] * len(requests)
+
+    def is_ready(self) -> bool:
+        """Return whether requests are being answered; asked by releases of the server that know this function."""
+        return self._engine.alive
 
     def finalize(self) -> None:
-        """Drop the cache with the model."""
+        """Answer what is in the engine, then drop the cache with the model."""
+        self._engine.close()
+        self._metrics.close()
         del self._engine
 
-    def _handle(self, tensors: dict[str, np.ndarray]) -> Mapping[str, np.ndarray]:
-        num_unknown, outputs = self._answer(tensors)
-        self._metrics.count(num_unknown=num_unknown, cache=self._engine.cache.counters)
-        return outputs
+    @abstractmethod
+    def decode(self, tensors: dict[str, np.ndarray]) -> Any:
+        """Return the request in the input tensors. Raises InvalidRequestError."""
 
     @abstractmethod
-    def _answer(self, tensors: dict[str, np.ndarray]) -> tuple[int, Mapping[str, np.ndarray]]:
-        """Return how many ids were unknown, and the output tensors. Raises InvalidRequestError."""
+    def encode(self, result: Any) -> Mapping[str, np.ndarray]:
+        """Return the output tensors of a result."""
 
+    def _loaded(self, own: ModelSettings) -> Model:
+        """Return the model, after the parity gate. Raises UserError."""
+        bundle = load(own.bundle)
+        path = cast(ComputePath, own.parameters["compute"])
+        cache_bytes = int(own.parameters["cache_bytes"])
+        model = self.model(bundle, cache_bytes=cache_bytes, num_threads=own.num_threads, path=path)
+        measured = parity(bundle, model.compute)
+        if not measured.ok:
+            raise UserError(
+                f"the bundle's scores differ from those of its golden requests by {measured.max_abs_error:.2e} of "
+                f"{measured.max_abs_reference:.2e}, at most {measured.tolerance:.0e} of it is allowed; export it again"
+            )
+        return model
 
-class DownstreamError(RuntimeError):
-    """A model that this one calls did not answer; the text goes to the log, not to callers."""
+    def _array(self, request: Any, name: str) -> np.ndarray:
+        values: np.ndarray = self.pb_utils.get_input_tensor_by_name(request, name).as_numpy()
+        return values
 
+    def _answer(self, request: Any, sender: Any, job: Job, outcome: Any) -> None:
+        if isinstance(outcome, Exception):
+            self._send(sender, self._failure(request, outcome))
+            return
+        tensors = [self.pb_utils.Tensor(name, value) for name, value in self.encode(outcome).items()]
+        self._send(sender, self.pb_utils.InferenceResponse(output_tensors=tensors))
+        self._metrics.observe(job)
 
-def answer(pb_utils: Any, requests: Sequence[Any], inputs: Sequence[str], handler: Handler) -> list[Any]:
-    """Return one server response per request: what `handler` makes of its tensors, or an error with a code."""
-    responses = []
-    for request in requests:
+    def _failure(self, request: Any, error: Exception) -> Any:
+        message, code = calls.described(error)
+        if code == calls.INTERNAL:
+            self.pb_utils.Logger.log_error("event=request_failed " + "".join(traceback.format_exception(error)))
+        return calls.error_response(self.pb_utils, request, message, code)
+
+    def _send(self, sender: Any, response: Any) -> None:
+        final = self.pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
         try:
-            responses.append(response(pb_utils, handler(tensors(pb_utils, request, inputs))))
-        except Exception as error:
-            # The process boundary: re-raising would fail the whole batch and show the traceback to callers.
-            responses.append(failure(pb_utils, error))
-    return responses
+            sender.send(response, flags=final)
+        except Exception:
+            # Shared memory may be full of answers: a small one must still tell the caller that there is none.
+            self.pb_utils.Logger.log_error("event=answer_not_sent " + traceback.format_exc())
+            error = self.pb_utils.TritonError(calls.INTERNAL_TEXT, self.pb_utils.TritonError.INTERNAL)
+            sender.send(self.pb_utils.InferenceResponse(error=error), flags=final)
 
 
-def tensors(pb_utils: Any, request: Any, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Return the named inputs of a server request."""
-    return {name: pb_utils.get_input_tensor_by_name(request, name).as_numpy() for name in names}
-
-
-def response(pb_utils: Any, outputs: Mapping[str, np.ndarray]) -> Any:
-    """Return a server response with these outputs."""
-    return pb_utils.InferenceResponse(output_tensors=[pb_utils.Tensor(name, value) for name, value in outputs.items()])
-
-
-def failure(pb_utils: Any, error: Exception) -> Any:
-    """Return the error response for an exception; anything but a request's own fault is logged and not explained."""
-    codes = pb_utils.TritonError
-    if isinstance(error, InvalidRequestError):
-        return pb_utils.InferenceResponse(error=codes(str(error), codes.INVALID_ARG))
-    pb_utils.Logger.log_error("event=request_failed " + "".join(traceback.format_exception(error)))
-    if isinstance(error, DownstreamError):
-        message, code = "retrieval or ranking is not available", codes.UNAVAILABLE
-    else:
-        message, code = "internal error", codes.INTERNAL
-    return pb_utils.InferenceResponse(error=codes(message, code))
-
-
-class Metrics:
-    """The model's figures on the server's metrics endpoint, labelled with the model's name."""
-
-    def __init__(self, pb_utils: Any, model: str) -> None:
-        """Create the families once per loaded model."""
-        kinds = pb_utils.MetricFamily
-        described = {
-            "gr_requests_total": ("Requests answered with a result", kinds.COUNTER),
-            "gr_unknown_ids_total": ("Item ids in requests that the vocabulary does not know", kinds.COUNTER),
-            "gr_cache_hit_tokens_total": ("Tokens found in the K/V cache", kinds.COUNTER),
-            "gr_cache_prefill_tokens_total": ("Tokens looked for in the K/V cache and not found", kinds.COUNTER),
-            "gr_cache_evictions_total": ("Pages dropped from the K/V cache for room", kinds.COUNTER),
-            "gr_cache_bytes": ("Bytes held by the K/V cache", kinds.GAUGE),
-        }
-        # The server forgets a metric whose family object is collected.
-        self._families = {n: kinds(name=n, description=d, kind=kind) for n, (d, kind) in described.items()}
-        self._metrics = {name: family.Metric(labels={"model": model}) for name, family in self._families.items()}
-        self._seen = CacheCounters(hit_tokens=0, prefill_tokens=0, evictions=0, num_entries=0, size_bytes=0)
-
-    def count(self, *, num_unknown: int, cache: CacheCounters) -> None:
-        """Record one answered request and what the cache did since the last one."""
-        self._metrics["gr_requests_total"].increment(1)
-        self._metrics["gr_unknown_ids_total"].increment(num_unknown)
-        self._metrics["gr_cache_hit_tokens_total"].increment(cache.hit_tokens - self._seen.hit_tokens)
-        self._metrics["gr_cache_prefill_tokens_total"].increment(cache.prefill_tokens - self._seen.prefill_tokens)
-        self._metrics["gr_cache_evictions_total"].increment(cache.evictions - self._seen.evictions)
-        self._metrics["gr_cache_bytes"].set(cache.size_bytes)
-        self._seen = cache
+def _terms(request: Any, arrived: float) -> Terms:
+    """Return how the caller wants to be served."""
+    timeout_us = request.timeout()
+    priority = calls.parameters_of(request).get(PRIORITY, DEFAULT_PRIORITY)
+    return Terms(
+        priority=int(priority),
+        deadline=arrived + timeout_us / 1e6 if timeout_us else None,
+        is_cancelled=request.is_cancelled,
+    )

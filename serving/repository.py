@@ -1,6 +1,6 @@
 """A pair of bundles becomes the folder that the model server loads from.
 
-Invariant: `model_repository` is a relative link to a finished `model_repositories/pair-*` folder, so the three models
+Invariant: `model_repository` is a relative link to a finished `model_repositories/pair-*` folder, so all models
 change together and by one rename. No file in such a folder holds an absolute path: it runs wherever it is copied.
 """
 
@@ -15,11 +15,13 @@ from py_compile import PycInvalidationMode
 from typing import Any
 
 from gr_platform import storage
+from gr_platform.bundle.compute import ComputePath
 from gr_platform.bundle.load import Bundle, load
 from gr_platform.errors import UserError
 
 LINK = "model_repository"
-MODELS = ("gr_retriever", "gr_ranker", "gr_recommender")
+MODELS = ("gr_retriever", "gr_ranker", "gr_recommender", "gr_events", "gr_user_recommender")
+SHADOW = "gr_ranker_shadow"
 _PARENT = "model_repositories"
 _EMPTY = "empty"
 _TEMPLATES = Path(__file__).resolve().parent / "model_repository"
@@ -27,12 +29,33 @@ _TEMPLATES = Path(__file__).resolve().parent / "model_repository"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServingOptions:
-    """What the operator sets. `cache_bytes` bounds each model's K/V cache; `num_threads` 0 = what the machine has."""
+    """What the operator sets. `cache_bytes` bounds each model's K/V cache; `num_threads` 0 = what the machine has.
+
+    max_batch_size: users of one step; max_queue: requests in one model, above which more are refused; compute: "torch"
+    (the kernels, all users of a step at once, a GPU where there is one) or "onnx" (the graphs, user by user).
+
+    max_in_flight: recommendations at once, above which more are refused. shadow_share: of recommendations that the
+    challenger scores too, 0 to 1. log_bytes: of the served log on disk, 0 = none is kept; log_seconds: how long a row
+    may wait to be written. history_bytes: of the events appended to histories.
+    """
 
     cache_bytes: int = 256 << 20
     num_threads: int = 0
     retrieval_depth: int = 50
     max_batch_size: int = 32
+    max_queue: int = 256
+    compute: ComputePath = "torch"
+    max_in_flight: int = 256
+    shadow_share: float = 0.0
+    log_bytes: int = 1 << 30
+    log_seconds: float = 60.0
+    history_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.shadow_share <= 1.0:
+            raise ValueError(f"ServingOptions.shadow_share is {self.shadow_share}, must be from 0 to 1")
+        if self.max_in_flight < 1:
+            raise ValueError(f"ServingOptions.max_in_flight is {self.max_in_flight}, must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -44,20 +67,25 @@ class Published:
     changed: bool
 
 
-def publish(home: Path, retrieval: Path, ranking: Path, options: ServingOptions | None = None) -> Published:
+def publish(
+    home: Path, retrieval: Path, ranking: Path, options: ServingOptions | None = None, *, shadow: Path | None = None
+) -> Published:
     """Build the model repository of two bundle folders, unless it exists, and point `model_repository` at it.
 
-    Raises UserError if a bundle is damaged, of the wrong kind, or the two are of different data sets.
+    shadow: the bundle folder of a challenging ranking model. Raises UserError if a bundle is damaged, of the wrong
+    kind, or they are of different data sets.
     """
     options = options or ServingOptions()
     bundles = load_pair(retrieval, ranking)
+    challenger = load_challenger(shadow, bundles[1]) if shadow else None
     spec = {
         "retrieval": storage.read_manifest(retrieval).digest,
         "ranking": storage.read_manifest(ranking).digest,
+        "shadow": storage.read_manifest(shadow).digest if shadow else None,
         "templates": {name: storage.file_sha256(_TEMPLATES / name) for name in _template_names()},
         "options": asdict(options),
     }
-    result = storage.ensure(home / _PARENT, "pair", spec, lambda folder: _build(folder, bundles, options))
+    result = storage.ensure(home / _PARENT, "pair", spec, lambda folder: _build(folder, bundles, challenger, options))
     previous = current(home)
     if previous == result.folder:
         return Published(folder=result.folder, previous=previous, changed=False)
@@ -89,6 +117,22 @@ def load_pair(retrieval: Path, ranking: Path) -> tuple[Bundle, Bundle]:
     return bundles
 
 
+def load_challenger(folder: Path, ranking: Bundle) -> Bundle:
+    """Return a ranking bundle that may score the requests of `ranking`. Raises UserError for any other.
+
+    It may know more items and more actions: a challenger is younger than the champion.
+    """
+    challenger = load(folder)
+    if challenger.kind != "ranking":
+        raise UserError(f"{folder.name} is a {challenger.kind} bundle, a shadow is a ranking bundle")
+    own, served = challenger.declaration, ranking.declaration
+    if (own.name, own.item_id_type) != (served.name, served.item_id_type):
+        raise UserError(f"the shadow {folder.name} is of data set {own.name}, the served models of {served.name}")
+    if own.actions[: len(served.actions)] != served.actions:
+        raise UserError(f"the shadow {folder.name} lacks actions of the served models; train it again")
+    return challenger
+
+
 def current(home: Path) -> Path | None:
     """Return the repository folder that the link names, or None if there is none."""
     link = home / LINK
@@ -118,36 +162,66 @@ def ensure_repository(home: Path) -> tuple[str, ...]:
         folder = home / _PARENT / _EMPTY
         folder.mkdir(parents=True, exist_ok=True)
         point_to(home, folder)
-    return tuple(model for model in MODELS if (folder / model / "config.pbtxt").is_file())
+    return tuple(model for model in (SHADOW, *MODELS) if (folder / model / "config.pbtxt").is_file())
 
 
-def _build(folder: Path, bundles: tuple[Bundle, Bundle], options: ServingOptions) -> dict[str, Any]:
+def _build(
+    folder: Path, bundles: tuple[Bundle, Bundle], challenger: Bundle | None, options: ServingOptions
+) -> dict[str, Any]:
     retrieval, ranking = bundles
-    for model, bundle in (("gr_retriever", retrieval), ("gr_ranker", ranking), ("gr_recommender", None)):
-        version = folder / model / "1"
-        version.mkdir(parents=True)
-        shutil.copyfile(_TEMPLATES / model / "1" / "model.py", version / "model.py")
-        template = string.Template((_TEMPLATES / model / "config.pbtxt").read_text(encoding="utf-8"))
-        values = _config_values(ranking, bundle, options)
-        (folder / model / "config.pbtxt").write_text(template.substitute(values), encoding="utf-8")
-        if bundle is not None:
-            _link_files(bundle.folder, version / "bundle")
+    facts = _config_values(retrieval, ranking, challenger, options)
+    for model in MODELS:
+        own = {"gr_retriever": retrieval, "gr_ranker": ranking}.get(model)
+        _build_model(folder, model, model, own, facts)
+    if challenger is not None:
+        known = {"actions": _quoted(challenger.declaration.actions), **_of_tasks(challenger)}
+        _build_model(folder, SHADOW, "gr_ranker", challenger, facts | known)
     return {"dataset": ranking.declaration.name, "retrieval": retrieval.digest, "ranking": ranking.digest}
 
 
-def _config_values(ranking: Bundle, own: Bundle | None, options: ServingOptions) -> dict[str, str]:
+def _build_model(folder: Path, model: str, template: str, own: Bundle | None, values: dict[str, str]) -> None:
+    """Fill in a template under the name `model`, with the bundle that the model loads, if any."""
+    version = folder / model / "1"
+    version.mkdir(parents=True)
+    shutil.copyfile(_TEMPLATES / template / "1" / "model.py", version / "model.py")
+    text = (_TEMPLATES / template / "config.pbtxt").read_text(encoding="utf-8")
+    text = text.replace(f'name: "{template}"', f'name: "{model}"', 1)
+    values = values | {"model_digest": own.digest if own else ""}
+    (folder / model / "config.pbtxt").write_text(string.Template(text).substitute(values), encoding="utf-8")
+    if own is not None:
+        _link_files(own.folder, version / "bundle")
+
+
+def _config_values(
+    retrieval: Bundle, ranking: Bundle, challenger: Bundle | None, options: ServingOptions
+) -> dict[str, str]:
+    """Return what the templates name, as text, but for `model_digest`, which is each model's own."""
     declaration = ranking.declaration
     values = {
-        "item_type": "TYPE_STRING" if declaration.item_id_type == "string" else "TYPE_INT64",
-        "num_tasks": len(ranking.tasks),
+        "item_type": _wire_type(declaration.item_id_type),
+        "user_type": _wire_type(declaration.user_id_type),
         "dataset": declaration.name,
         "item_id_type": declaration.item_id_type,
+        "user_id_type": declaration.user_id_type,
+        "exclude_seen": declaration.exclude_seen,
         "actions": _quoted(declaration.actions),
-        "tasks": _quoted(ranking.tasks),
-        "model_digest": own.digest if own else "",
+        **_of_tasks(ranking),
+        "retriever_digest": retrieval.digest,
+        "ranker_digest": ranking.digest,
+        "shadow_digest": challenger.digest if challenger else "",
+        "shadow_tasks": _quoted(challenger.tasks if challenger else ()),
+        "history_events": max(b.config.max_events for b in (retrieval, ranking, challenger) if b is not None),
         **asdict(options),
     }
     return {name: str(value) for name, value in values.items()}
+
+
+def _of_tasks(ranking: Bundle) -> dict[str, str]:
+    return {"num_tasks": str(len(ranking.tasks)), "tasks": _quoted(ranking.tasks)}
+
+
+def _wire_type(id_type: str) -> str:
+    return "TYPE_STRING" if id_type == "string" else "TYPE_INT64"
 
 
 def _quoted(names: tuple[str, ...]) -> str:

@@ -1,9 +1,11 @@
-"""The model server on this machine: start it, find it again, stop it with everything it leaves behind.
+"""The model server on this machine: start it, start it again, stop it with everything it leaves behind.
 
 Invariant: `serving/server.json` is written when the server is ready and removed when it has stopped; one that names a
-dead process is recognised by pid and start time. What is removed is found by the instance's own random name alone.
+dead process is recognised by pid and start time. What is removed is found by the instance's own random name alone. A
+server started again has the ports and the key of the first one, so whoever knows it reaches it.
 """
 
+import logging
 import os
 import secrets
 import socket
@@ -14,15 +16,21 @@ from pathlib import Path
 from types import TracebackType
 
 import psutil
-import tritonclient.grpc as grpcclient
 
 from gr_platform import settings, storage
 from gr_platform.errors import UserError
 from serving import repository
-from serving.handle import LOG, ServerHandle, attach, last_useful_line, read_record, record_path, remove_leftovers
+from serving.handle import LOG, ServerHandle, attach, last_useful_line, record_path, sweep
 from serving.installation import find_installation
 
-READY_TIMEOUT_S = 60.0
+log = logging.getLogger(__name__)
+
+READY_TIMEOUT_S = 120.0
+# Held by whoever starts, stops or changes the models of the server of a state folder.
+LOCK = "model-server"
+# What is left of a server that is given up gets this long for the requests it may still answer.
+RESTART_GRACE_S = 3.0
+_KEPT_LOGS = 3
 _RESTRICTED = "model-repository,shared-memory,trace,logging"
 
 
@@ -43,7 +51,9 @@ class EmbeddedServer:
         self._home = home
         self._ports = ports or Ports()
         self._python = python or settings.serving_python()
+        self._admin_key = secrets.token_urlsafe(24)
         self._handle: ServerHandle | None = None
+        self._process: subprocess.Popen[bytes] | None = None
 
     def __enter__(self) -> ServerHandle:
         return self.start()
@@ -59,45 +69,21 @@ class EmbeddedServer:
         Raises UserError if one runs already, a port is taken, or it does not come up in time (with the logged reason).
         """
         # Two starts at once would both find no server, and the one recorded first would be lost.
-        with storage.exclusive(self._home, "model-server"):
+        with storage.exclusive(self._home, LOCK):
             return self._start(timeout_s)
 
-    def _start(self, timeout_s: float) -> ServerHandle:
-        if running := attach(self._home):
-            raise UserError(
-                f"a model server of this state folder runs already (gRPC at {running.grpc_address}); end it first: "
-                + ("gr down" if running.orphaned else "gr down, or Ctrl-C where gr serve runs")
-            )
-        if stale := read_record(self._home):
-            remove_leftovers(self._home, stale)
-        installation = find_installation(self._python)
-        models = repository.ensure_repository(self._home)
-        instance = f"gr-{secrets.token_hex(6)}"
-        grpc, http, metrics = (f"127.0.0.1:{port}" for port in _choose_ports(self._ports))
-        handle = ServerHandle(
-            home=self._home,
-            pid=0,
-            create_time=0.0,
-            instance=instance,
-            grpc_address=grpc,
-            http_address=http,
-            metrics_address=metrics,
-            admin_key=secrets.token_urlsafe(24),
-            owner_pid=os.getpid(),
-            owner_create_time=psutil.Process().create_time(),
-        )
-        command = [str(installation.binary), *_arguments(handle, installation.tree / "caches", models)]
-        self._handle = handle
-        try:
-            installation.link_backends(handle.backend_folder)
-            process = _spawn(command, installation.environment(), self._home)
-            self._handle = handle.with_process(process.pid)
-            _wait_until_ready(process, self._handle, models, timeout_s)
-            storage.write_text(record_path(self._home), self._handle.to_json())
-        except BaseException:
-            self.stop()
-            raise
-        return self._handle
+    def restart(self, timeout_s: float = READY_TIMEOUT_S) -> ServerHandle:
+        """Give up the server that `start` started, whatever state it is in, and start one at the same ports.
+
+        Raises UserError as `start` does; then none runs, and it may be called again.
+        """
+        with storage.exclusive(self._home, LOCK):
+            self.stop(RESTART_GRACE_S)
+            return self._start(timeout_s)
+
+    def exit_status(self) -> int | None:
+        """Return the status with which the server's process ended (-9: killed by signal 9), None while it runs."""
+        return self._process.poll() if self._process is not None else None
 
     def stop(self, grace_s: float = 20.0) -> None:
         """Stop the server that `start` started, if any."""
@@ -105,45 +91,48 @@ class EmbeddedServer:
             self._handle.stop(grace_s)
             self._handle = None
 
-
-def load_models(home: Path, timeout_s: float = READY_TIMEOUT_S) -> tuple[str, ...]:
-    """Load the models of the current repository into the running server and return their names.
-
-    A model whose files have not changed is left as it is. Raises UserError if no server runs or a model does not load;
-    the models that were serving then go on serving.
-    """
-    handle = attach(home)
-    if handle is None:
-        raise UserError("no model server runs; start it with gr serve or make up")
-    models = repository.ensure_repository(home)
-    with grpcclient.InferenceServerClient(handle.grpc_address) as client:
-        for model in models:
-            try:
-                client.load_model(model, headers=handle.admin_headers, client_timeout=timeout_s)
-            except grpcclient.InferenceServerException as error:
-                reason = last_useful_line(error.message()) or "no reason given"
+    def _start(self, timeout_s: float) -> ServerHandle:
+        if running := attach(self._home):
+            if not running.orphaned:
                 raise UserError(
-                    f"the model server did not load {model}: {reason}; what served before goes on"
-                ) from None
-    return models
+                    f"a model server of this state folder runs already (gRPC at {running.grpc_address}); end it first: "
+                    "gr down, or Ctrl-C where gr serve runs"
+                )
+            # Nobody watches it any more, and its models may be others than the repository's.
+            running.stop(RESTART_GRACE_S)
+        for instance in sweep(self._home):
+            log.warning("event=swept instance=%s reason=left_behind_by_a_killed_program", instance)
+        installation = find_installation(self._python)
+        models = repository.ensure_repository(self._home)
+        self._ports = _choose_ports(self._ports)
+        handle = self._new_handle()
+        command = [str(installation.binary), *_arguments(handle, installation.tree / "caches", models)]
+        self._handle = handle
+        try:
+            installation.link_backends(handle.backend_folder)
+            self._process = _spawn(command, installation.environment() | {"GR_HOME": str(self._home)}, self._home)
+            self._handle = handle.with_process(self._process.pid)
+            _wait_until_ready(self._process, self._handle, models, timeout_s)
+            storage.write_text(record_path(self._home), self._handle.to_json())
+        except BaseException:
+            self.stop()
+            raise
+        log.info("event=server_started pid=%d grpc=%s models=%s", self._handle.pid, handle.grpc_address, models)
+        return self._handle
 
-
-def deploy(home: Path, retrieval: Path, ranking: Path, options: repository.ServingOptions | None = None) -> bool:
-    """Publish two bundle folders and load them if a server runs; return whether one does.
-
-    If they do not load, the repository points back at the previous pair, the server serves it, and UserError is raised.
-    """
-    published = repository.publish(home, retrieval, ranking, options)
-    if attach(home) is None:
-        return False
-    try:
-        load_models(home)
-    except UserError:
-        if published.changed and published.previous is not None:
-            repository.point_to(home, published.previous)
-            load_models(home)
-        raise
-    return True
+    def _new_handle(self) -> ServerHandle:
+        return ServerHandle(
+            home=self._home,
+            pid=0,
+            create_time=0.0,
+            instance=f"gr-{secrets.token_hex(6)}",
+            grpc_address=f"127.0.0.1:{self._ports.grpc}",
+            http_address=f"127.0.0.1:{self._ports.http}",
+            metrics_address=f"127.0.0.1:{self._ports.metrics}",
+            admin_key=self._admin_key,
+            owner_pid=os.getpid(),
+            owner_create_time=psutil.Process().create_time(),
+        )
 
 
 def _arguments(handle: ServerHandle, caches: Path, models: tuple[str, ...]) -> list[str]:
@@ -169,15 +158,22 @@ def _arguments(handle: ServerHandle, caches: Path, models: tuple[str, ...]) -> l
 
 
 def _spawn(command: list[str], environment: dict[str, str], home: Path) -> subprocess.Popen[bytes]:
-    log = home / LOG
-    log.parent.mkdir(parents=True, exist_ok=True)
-    if log.exists():
-        os.replace(log, log.with_suffix(".log.1"))
-    with log.open("wb") as stream:
+    file = home / LOG
+    file.parent.mkdir(parents=True, exist_ok=True)
+    _rotate(file)
+    with file.open("wb") as stream:
         # A session of its own: Ctrl-C in a terminal reaches the caller, which then stops the server in order.
         return subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, start_new_session=True
         )
+
+
+def _rotate(file: Path) -> None:
+    """Keep the logs of the last starts: after a restart the reason stands in the one before."""
+    for number in range(_KEPT_LOGS, 0, -1):
+        older = file if number == 1 else file.with_suffix(f".log.{number - 1}")
+        if older.exists():
+            os.replace(older, file.with_suffix(f".log.{number}"))
 
 
 def _wait_until_ready(
@@ -193,8 +189,8 @@ def _wait_until_ready(
     raise UserError(f"the model server {what}: {reason or 'it logged no reason'} (see $GR_HOME/{LOG})")
 
 
-def _choose_ports(wanted: Ports) -> list[int]:
-    """Return the three ports. Raises UserError if a requested one is taken."""
+def _choose_ports(wanted: Ports) -> Ports:
+    """Return the ports with a free one for each 0. Raises UserError if a requested one is taken."""
     sockets: list[socket.socket] = []
     try:
         for port in (wanted.grpc, wanted.http, wanted.metrics):
@@ -206,7 +202,8 @@ def _choose_ports(wanted: Ports) -> list[int]:
                 listener.listen()
             except OSError:
                 raise UserError(f"port {port} is in use; choose another one or stop what listens there") from None
-        return [listener.getsockname()[1] for listener in sockets]
+        grpc, http, metrics = (listener.getsockname()[1] for listener in sockets)
+        return Ports(grpc=grpc, http=http, metrics=metrics)
     finally:
         for listener in sockets:
             listener.close()

@@ -1,66 +1,87 @@
 """The two operations that M-FALCON is made of, as a protocol: who implements them decides speed, never the result.
 
-Legend: L new tokens, P past tokens (cached), C candidates, H heads.
+Invariant: K/V lie in pages that belong to the implementation, where it computes; whoever calls decides which page holds
+whose tokens, and never sees a row.
+
+Legend: B users, L new tokens of one, P past tokens of one, C candidates of one.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
+from gr_platform.models.config import ModelConfig
 from gr_platform.models.tokens import Tokens
+
+PAGE_TOKENS = 16
+ComputePath = Literal["torch", "onnx"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class KV:
-    """Keys and values of P tokens in every layer, with the tokens' times.
+class Piece:
+    """L new tokens of one user after `past` tokens, of which the first `keep` are kept.
 
-    times int64 [P]; k float [layers, P, H, qk_dim]; v float [layers, P, H, v_dim].
+    pages int32: where the user's tokens lie, in order, with room for past + keep. keep is L or, where the last token
+    looks from the request's time and must not be kept, L - 1: its row is then computed.
     """
 
-    times: np.ndarray
-    k: np.ndarray
-    v: np.ndarray
-
-    def __len__(self) -> int:
-        return len(self.times)
+    tokens: Tokens
+    past: int
+    pages: np.ndarray
+    keep: int
 
     @property
-    def size_bytes(self) -> int:
-        """Bytes held by the arrays."""
-        return self.times.nbytes + self.k.nbytes + self.v.nbytes
+    def wants_row(self) -> bool:
+        """Whether the last token's row is asked for."""
+        return self.keep < len(self.tokens)
 
-    def slice(self, start: int, stop: int) -> "KV":
-        """Return tokens start..stop-1 (views)."""
-        return KV(times=self.times[start:stop], k=self.k[:, start:stop], v=self.v[:, start:stop])
+    def slots(self) -> np.ndarray:
+        """Return where the kept tokens' K/V go, int64 [keep]: page * PAGE_TOKENS + place in it."""
+        places = np.arange(self.past, self.past + self.keep)
+        return self.pages[places // PAGE_TOKENS].astype(np.int64) * PAGE_TOKENS + places % PAGE_TOKENS
 
 
-def concat_kv(parts: list[KV]) -> KV:
-    """Return consecutive parts as one contiguous KV."""
-    if len(parts) == 1:
-        return parts[0]
-    return KV(
-        times=np.concatenate([p.times for p in parts]),
-        k=np.concatenate([p.k for p in parts], axis=1),
-        v=np.concatenate([p.v for p in parts], axis=1),
-    )
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Ask:
+    """Candidates int64 [C] (dense item indices) of one user as of `request_time` ms, whose P tokens lie in `pages`."""
+
+    candidates: np.ndarray
+    request_time: int
+    past: int
+    pages: np.ndarray
 
 
 class Compute(Protocol):
-    """A loaded model. Stateless: K/V go in and come out, so a cache may hold them."""
+    """A loaded model with room for the K/V of `num_pages` pages."""
 
-    def empty(self) -> KV:
-        """Return the K/V of no tokens, in this model's shapes and dtype."""
+    num_pages: int
+
+    def encode(self, pieces: Sequence[Piece]) -> np.ndarray:
+        """Write the kept tokens' K/V to their pages and return the rows [R, d] of the pieces that want one."""
         ...
 
-    def encode(self, tokens: Tokens, past: KV) -> tuple[np.ndarray, KV]:
-        """Return the encoder's output rows [L, d] of `tokens` after `past`, and the K/V of the L new tokens alone."""
-        ...
+    def score(self, asks: Sequence[Ask]) -> list[np.ndarray]:
+        """Ranking only: return probabilities [C, tasks] of each ask's candidates against the history in its pages.
 
-    def score(self, candidates: np.ndarray, request_time: int, past: KV) -> np.ndarray:
-        """Ranking only: return probabilities [C, tasks] of dense item indices int64 [C] against the cached history.
-
-        Each candidate is an item token at `request_time` at the position after the history; it sees the history and
+        Each candidate is an item token at the request's time at the position after the history; it sees the history and
         itself, never another candidate.
         """
         ...
+
+
+def page_bytes(config: ModelConfig, item_bytes: int = 4) -> int:
+    """Return the bytes of one page: K/V of PAGE_TOKENS tokens in every layer, and their times."""
+    row = config.num_layers * config.num_heads * (config.qk_dim + config.v_dim) * item_bytes
+    return PAGE_TOKENS * (row + 8)
+
+
+def pages_for(num_tokens: int) -> int:
+    """Return how many pages hold this many tokens."""
+    return -(-num_tokens // PAGE_TOKENS)
+
+
+def most_tokens(config: ModelConfig) -> int:
+    """Return how many tokens of a user can be kept: all of a history of max_events events and its start token."""
+    return 1 + config.max_events * (2 if config.kind == "ranking" else 1)

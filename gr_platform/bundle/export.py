@@ -32,7 +32,7 @@ from kernels import TIME_THRESHOLDS_MS
 MICROBATCH_SIZE = 256
 OPSET = 20
 # Raised when the same model would be exported as other files.
-EXPORT_VERSION = 1
+EXPORT_VERSION = 2
 
 
 class _Encode(nn.Module):
@@ -50,8 +50,11 @@ class _Encode(nn.Module):
         past_times: Tensor,
         past_k: Tensor,
         past_v: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return encode_tokens(self.model, kinds, items, actions, times, query_times, (past_times, past_k, past_v))
+    ) -> tuple[Tensor, ...]:
+        past = (past_times, past_k, past_v)
+        row, k, v = encode_tokens(self.model, kinds, items, actions, times, query_times, past)
+        # A ranking model's candidates come later, so nobody asks for a row of its history: the graph leaves it out.
+        return (row, k, v) if self.model.config.kind == "retrieval" else (k, v)
 
 
 class _Score(nn.Module):
@@ -121,7 +124,7 @@ def write_graphs(model: Model, folder: Path) -> None:
         folder / "encode.onnx",
         tokens | _past(model, 5),
         {name: {0: new} for name in token_names} | past_axes,
-        ["rows", "k", "v"],
+        ["row", "k", "v"] if model.config.kind == "retrieval" else ["k", "v"],
     )
     if isinstance(model, RankingModel):
         candidates = {"candidates": torch.ones(3, dtype=torch.int64), "request_time": torch.zeros(1, dtype=torch.int64)}

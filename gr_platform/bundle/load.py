@@ -1,4 +1,5 @@
-"""A bundle on disk as a value: what the model server loads, with no torch, Polars, DuckDB, Dagster or MLflow.
+"""A bundle on disk as a value: what the model server loads, with no Polars, DuckDB, Dagster or MLflow, and torch only
+where it computes.
 
 Invariant: loading verifies the digest of every file; nothing is unpickled.
 """
@@ -12,7 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from gr_platform import storage
-from gr_platform.bundle.compute import Compute
+from gr_platform.bundle.compute import Compute, ComputePath
 from gr_platform.bundle.onnx_compute import OnnxCompute
 from gr_platform.errors import UserError
 from gr_platform.events.declaration import Declaration
@@ -53,9 +54,13 @@ class Bundle:
         """Number of ranking heads; 0 for retrieval."""
         return len(self.tasks) if self.kind == "ranking" else 0
 
-    def compute(self, num_threads: int = 1) -> Compute:
-        """Return the model's graphs in ONNX Runtime sessions."""
-        return OnnxCompute(self.folder, self.config, self.num_tasks, num_threads=num_threads)
+    def compute(self, num_pages: int, *, path: ComputePath = "onnx", num_threads: int = 1) -> Compute:
+        """Return the loaded model with room for `num_pages` pages of K/V: its graphs in ONNX Runtime, or in torch."""
+        if path == "onnx":
+            return OnnxCompute(self.folder, self.config, self.num_tasks, num_pages, num_threads=num_threads)
+        from gr_platform.bundle.torch_model import torch_compute
+
+        return torch_compute(self, num_pages, num_threads=num_threads)
 
 
 def model_digest(facts: Mapping[str, Any], files: Mapping[str, str]) -> str:

@@ -1,16 +1,16 @@
-"""`Compute` by ONNX Runtime: the graphs of a bundle, with no torch in the process.
+"""`Compute` by ONNX Runtime: the graphs of a bundle, with no torch in the process; one user after the other.
 
-Invariant: a session is stateless; past K/V go in, new K/V come out.
+Invariant: a session is stateless; past K/V are copied out of the pages, and new K/V back into them.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 
-from gr_platform.bundle.compute import KV
+from gr_platform.bundle.compute import PAGE_TOKENS, Ask, Piece, pages_for
 from gr_platform.models.config import ModelConfig
-from gr_platform.models.tokens import Tokens
 
 
 def _session(path: Path, num_threads: int) -> ort.InferenceSession:
@@ -26,43 +26,55 @@ def _session(path: Path, num_threads: int) -> ort.InferenceSession:
 class OnnxCompute:
     """The exported graphs behind the `Compute` protocol."""
 
-    def __init__(self, folder: Path, config: ModelConfig, num_tasks: int, *, num_threads: int = 1) -> None:
-        self.config, self.num_tasks = config, num_tasks
+    def __init__(
+        self, folder: Path, config: ModelConfig, num_tasks: int, num_pages: int, *, num_threads: int = 1
+    ) -> None:
+        self.config, self.num_tasks, self.num_pages = config, num_tasks, num_pages
         self._encode = _session(folder / "encode.onnx", num_threads)
         self._score = _session(folder / "score.onnx", num_threads) if config.kind == "ranking" else None
+        shape = (config.num_layers, num_pages, PAGE_TOKENS, config.num_heads)
+        self.k = np.empty((*shape, config.qk_dim), np.float32)
+        self.v = np.empty((*shape, config.v_dim), np.float32)
+        self.times = np.empty((num_pages, PAGE_TOKENS), np.int64)
 
-    def empty(self) -> KV:
-        """Return the K/V of no tokens."""
-        shape = (self.config.num_layers, 0, self.config.num_heads)
-        return KV(
-            times=np.zeros(0, np.int64),
-            k=np.zeros((*shape, self.config.qk_dim), np.float32),
-            v=np.zeros((*shape, self.config.v_dim), np.float32),
-        )
+    def encode(self, pieces: Sequence[Piece]) -> np.ndarray:
+        """Write the kept tokens' K/V and return the rows float32 [R, d] of the pieces that want one."""
+        rows = [np.zeros((0, self.config.embedding_dim), np.float32)]
+        for piece in pieces:
+            *row, k, v = self._encode.run(None, _fields(piece) | self._past(piece.pages, piece.past))
+            slots, keep = piece.slots(), piece.keep
+            for pool, new in ((self.k, k), (self.v, v)):
+                pool.reshape(len(pool), -1, *pool.shape[3:])[:, slots] = new[:, :keep]
+            self.times.reshape(-1)[slots] = piece.tokens.times[:keep]
+            if piece.wants_row:
+                rows.append(row[0])
+        return np.concatenate(rows)
 
-    def encode(self, tokens: Tokens, past: KV) -> tuple[np.ndarray, KV]:
-        """Return rows float32 [L, d] and the K/V of the L new tokens."""
-        if not len(tokens):
-            return np.zeros((0, self.config.embedding_dim), np.float32), self.empty()
-        feeds = {
-            "kinds": tokens.kinds,
-            "items": tokens.items,
-            "actions": tokens.actions,
-            "times": tokens.times,
-            "query_times": tokens.query_times,
-        }
-        rows, k, v = self._encode.run(None, feeds | _feeds(past))
-        return rows, KV(times=tokens.times, k=k, v=v)
+    def score(self, asks: Sequence[Ask]) -> list[np.ndarray]:
+        """Return probabilities float32 [C, tasks] of each ask's candidates."""
+        return [self._score_one(ask) for ask in asks]
 
-    def score(self, candidates: np.ndarray, request_time: int, past: KV) -> np.ndarray:
-        """Return probabilities float32 [C, tasks] of dense item indices int64 [C]."""
+    def _score_one(self, ask: Ask) -> np.ndarray:
         if self._score is None:
             raise RuntimeError("score() needs a ranking bundle; a retrieval bundle has no score.onnx")
-        if not len(candidates):
+        if not len(ask.candidates):
             return np.zeros((0, self.num_tasks), np.float32)
-        feeds = {"candidates": candidates, "request_time": np.array([request_time], np.int64)}
-        return self._score.run(None, feeds | _feeds(past))[0]
+        feeds = {"candidates": ask.candidates, "request_time": np.array([ask.request_time], np.int64)}
+        scores: np.ndarray = self._score.run(None, feeds | self._past(ask.pages, ask.past))[0]
+        return scores
+
+    def _past(self, pages: np.ndarray, num_tokens: int) -> dict[str, np.ndarray]:
+        own = pages[: pages_for(num_tokens)]
+        k, v = (pool[:, own].reshape(len(pool), -1, *pool.shape[3:])[:, :num_tokens] for pool in (self.k, self.v))
+        return {"past_times": self.times[own].reshape(-1)[:num_tokens], "past_k": k, "past_v": v}
 
 
-def _feeds(past: KV) -> dict[str, np.ndarray]:
-    return {"past_times": past.times, "past_k": past.k, "past_v": past.v}
+def _fields(piece: Piece) -> dict[str, np.ndarray]:
+    tokens = piece.tokens
+    return {
+        "kinds": tokens.kinds,
+        "items": tokens.items,
+        "actions": tokens.actions,
+        "times": tokens.times,
+        "query_times": tokens.query_times,
+    }

@@ -85,6 +85,28 @@ def calibration(tasks: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
     return _png(draw, panels=1)
 
 
+def served(days: Sequence[Mapping[str, Any]], positions: Sequence[int]) -> bytes:
+    """Return requests and hit rate by day, and hits by place in the list, as PNG bytes.
+
+    days: entries {"date", "num_requests", "hit_rate"}, a rate of None is left out. positions: hits on place 1, 2...
+    """
+
+    def draw(axes: list["Axes"]) -> None:
+        places = np.arange(len(days))
+        axes[0].bar(places, [day["num_requests"] for day in days], color="lightgrey")
+        axes[0].set(title="requests by day")
+        rates = [np.nan if day["hit_rate"] is None else day["hit_rate"] for day in days]
+        axes[1].plot(places, rates, marker="o", markersize=3)
+        axes[1].set(title="hit rate by day", ylim=(0, None))
+        for axis in axes[:2]:
+            shown = places[:: max(1, len(days) // 4)]
+            axis.set_xticks(shown, [days[place]["date"][5:] for place in shown], fontsize=6)
+        axes[2].bar(np.arange(1, len(positions) + 1), positions)
+        axes[2].set(title="hits by place in the list")
+
+    return _png(draw, panels=3)
+
+
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
 

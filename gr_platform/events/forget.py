@@ -1,4 +1,4 @@
-"""`gr forget`: one person's events leave the landed logs and everything made from them.
+"""`gr forget`: one person's events leave the landed logs, everything made from them, and what the server keeps.
 
 Invariant: a landed row keeps its number and loses every cell, so the verdicts on all other rows stay as they were and
 the erased ones are counted in quarantine. A run that was killed is finished by running it again. What is written about
@@ -24,6 +24,7 @@ from gr_platform.events import features
 from gr_platform.events.columns import id_sql
 from gr_platform.events.database import connect, literal, parquet_of, quoted
 from gr_platform.events.declaration import IdType
+from gr_platform.events.forget_served import erase_served
 from gr_platform.events.ingest import ingest
 from gr_platform.events.landing import LandedFile, landed_files, load_declaration
 from gr_platform.events.ledger import publish
@@ -35,7 +36,7 @@ LANDING_WAIT_S = 600.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Forgotten:
-    """What was erased: rows of landed files, the names of the files; date of the record."""
+    """What was erased: rows, the names of the landed files and of the server's stores; date of the record."""
 
     dataset: str
     num_rows: int
@@ -44,7 +45,7 @@ class Forgotten:
 
 
 def forget(home: Path, ds: str, user_id: str) -> Forgotten:
-    """Return what was erased of a user: landed cells, events, sequences, and tables that name users.
+    """Return what was erased of a user: landed cells, events, sequences, tables that name users, the server's rows.
 
     Models, bundles and registered versions that learned from the events are not touched. Raises UserError if the data
     set has no such user and never had, or another program works on the state folder.
@@ -59,6 +60,7 @@ def forget(home: Path, ds: str, user_id: str) -> Forgotten:
         }
         for name, count in _erase_features(home, ds, user_id).items():
             erased[name] = erased.get(name, 0) + count
+        erased |= erase_served(home, ds, user_id, declaration.user_id_type)
         known = record.date_of(user_id)
         if not erased and known is None:
             raise UserError(f"data set {ds} has no events of user {user_id}, and forgot none; nothing was changed")

@@ -8,10 +8,13 @@ embedding_dim.
 """
 
 from abc import ABC, abstractmethod
+from itertools import pairwise
 
+import torch
 from torch import Tensor, nn
 
 from gr_platform.errors import UserError
+from gr_platform.models.paged import KVPages, Step
 from kernels import Backend, JaggedTimes
 
 
@@ -19,7 +22,6 @@ class Encoder(nn.Module, ABC):
     """A causal sequence encoder. `backend` forces an implementation of the kernels; None takes the device's."""
 
     backend: Backend | None = None
-    _NO_KV = "{} keeps no keys and values of past tokens, so it cannot go on from a cache; serve hstu instead"
 
     @abstractmethod
     def forward(self, x: Tensor, jagged: JaggedTimes, rows: Tensor | None = None) -> Tensor:
@@ -31,20 +33,48 @@ class Encoder(nn.Module, ABC):
     def encode(
         self, x: Tensor, times: Tensor, query_times: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rows [L, d], k [layers, L, H, qk_dim], v [layers, L, H, v_dim] of one user's L new tokens.
+        """Return the last row [1, d], k [layers, L, H, qk_dim] and v [layers, L, H, v_dim] of a user's L new tokens.
 
-        x [L, d]; times, query_times int64 [L]; past_times int64 [P]; past_k, past_v [layers, P, H, dim].
-        Raises UserError for an encoder without K/V.
+        x [L, d]; times, query_times int64 [L]; past_times int64 [P]; past_k, past_v [layers, P, H, dim]. The last layer
+        computes no other row: nothing comes of them. Raises UserError for an encoder without K/V.
         """
-        raise UserError(
-            f"{type(self).__name__} keeps no K/V of past tokens, so it cannot be served; serve hstu instead"
-        )
+        raise self._no_kv()
 
     def score(self, x: Tensor, request_time: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
         """Return rows [C, d] of candidate token vectors x [C, d] against one user's cached history.
 
         request_time int64 [1]; the past as for `encode`. Raises UserError for an encoder without K/V.
         """
-        raise UserError(
+        raise self._no_kv()
+
+    def encode_paged(self, x: Tensor, step: Step, pages: KVPages, rows: Tensor) -> Tensor:
+        """Return rows [R, d] of a step's tokens `rows` int64 [R] (each its user's last and not kept), and write the K/V
+        of its kept tokens to their pages.
+
+        x [L, d]. Here user by user through `encode`; an encoder with jagged kernels overrides it.
+        """
+        k, v = (pool.new_empty(len(pool), len(x), *pool.shape[3:]) for pool in (pages.k, pages.v))
+        bounds, wanted, found = step.seq_offsets.tolist(), set(rows.tolist()), [x.new_empty(0, x.shape[1])]
+        for user, (start, stop) in enumerate(pairwise(bounds)):
+            own = slice(start, stop)
+            row, k[:, own], v[:, own] = self.encode(
+                x[own], step.times[own], step.query_times[own], *pages.of_user(step, user)
+            )
+            if stop - 1 in wanted:
+                found.append(row)
+        for layer in range(len(k)):
+            pages.write(layer, step, k[layer], v[layer])
+        return torch.cat(found)
+
+    def score_paged(self, x: Tensor, step: Step, pages: KVPages) -> Tensor:
+        """Return rows [L, d] of a step of candidates x [L, d]; user by user, as `encode_paged`."""
+        found = [x.new_empty(0, x.shape[1])]
+        for user, (start, stop) in enumerate(pairwise(step.seq_offsets.tolist())):
+            if stop > start:
+                found.append(self.score(x[start:stop], step.query_times[start : start + 1], *pages.of_user(step, user)))
+        return torch.cat(found)
+
+    def _no_kv(self) -> UserError:
+        return UserError(
             f"{type(self).__name__} keeps no K/V of past tokens, so it cannot be served; serve hstu instead"
         )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from gr_platform.models.config import ModelConfig
 from gr_platform.models.encoder import Encoder
+from gr_platform.models.paged import KVPages, Step
 from kernels import (
     NUM_TIME_BUCKETS,
     Backend,
@@ -24,6 +25,7 @@ from kernels import (
     attend_new,
     hash_dropout,
     hstu_attention,
+    hstu_attention_cached,
     norm_gate_linear,
     uvqk,
 )
@@ -112,14 +114,27 @@ class HSTULayer(nn.Module):
             x, attention, u = x[rows], attention[rows], u[rows]
         return self._combine(x, attention, u, self.backend)
 
-    def encode(
-        self, x: Tensor, query_times: Tensor, key_times: Tensor, past_k: Tensor, past_v: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the rows [L, d] of one user's new tokens and their own k, v; past_k, past_v [P, H, dim].
+    def _keys_values(self, x: Tensor, backend: Backend | None) -> tuple[Tensor, Tensor]:
+        """Return k [L, H, qk_dim] and v [L, H, v_dim] of x [L, d] alone: what the last layer keeps of a history."""
+        v_width, qk_width = self.num_heads * self.v_dim, self.num_heads * self.qk_dim
+        _, for_v, _, for_k = self.uvqk.split([v_width, v_width, qk_width, qk_width], dim=-1)
+        dtype = _product_dtype(x)
+        weight = torch.cat([for_v, for_k], dim=-1).to(dtype)
+        v, k = uvqk(x.to(dtype), weight, backend=backend).split([v_width, qk_width], dim=-1)
+        return k.unflatten(-1, (self.num_heads, self.qk_dim)), v.unflatten(-1, (self.num_heads, self.v_dim))
 
-        Plain operations: this is what the bundle exports.
+    def encode(
+        self, x: Tensor, query_times: Tensor, key_times: Tensor, past_k: Tensor, past_v: Tensor, *, last: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the rows [L, d] of one user's new tokens, or the last [1, d] alone, and the new tokens' k and v.
+
+        past_k, past_v [P, H, dim]. Plain operations: this is what the bundle exports.
         """
-        u, v, q, k = self._project(x, "reference")
+        asked = x[-1:] if last else x
+        u, v, q, k = self._project(asked, "reference")
+        if last:
+            k, v = self._keys_values(x, "reference")
+            query_times = query_times[-1:]
         attention = attend_new(
             q,
             torch.cat([past_k, k]),
@@ -130,7 +145,32 @@ class HSTULayer(nn.Module):
             self.time_weight,
             self.max_seq_len,
         )
-        return self._combine(x, attention, u, "reference"), k, v
+        return self._combine(asked, attention, u, "reference"), k, v
+
+    def attend_paged(self, x: Tensor, step: Step, pages: KVPages, layer: int) -> Tensor:
+        """Return the rows [L, d] of a step's tokens over the pages of this layer, the `layer`-th, and keep its K/V."""
+        u, v, q, k = self._project(x, self.backend)
+        attention = hstu_attention_cached(
+            q,
+            k,
+            v,
+            step.seq_offsets,
+            step.times,
+            step.query_times,
+            pages.past(layer, step),
+            self.pos_weight,
+            self.time_weight,
+            self.max_seq_len,
+            num_targets=step.num_targets,
+            tiles=step.tiles,
+            backend=self.backend,
+        )
+        pages.write(layer, step, k, v)
+        return self._combine(x, attention, u, self.backend)
+
+    def keep_paged(self, x: Tensor, step: Step, pages: KVPages, layer: int) -> None:
+        """Write the K/V of a step's kept tokens, whose rows nobody asks for."""
+        pages.write(layer, step, *self._keys_values(x, self.backend))
 
     def score(self, x: Tensor, request_time: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
         """Return the rows [C, d] of candidates that see the history and themselves; request_time int64 [1]."""
@@ -182,11 +222,12 @@ class HSTU(Encoder):
     def encode(
         self, x: Tensor, times: Tensor, query_times: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rows, k, v of one user's new tokens, as `Encoder.encode` says."""
-        key_times = torch.cat([past_times, times])
+        """Return the last row, k, v of one user's new tokens, as `Encoder.encode` says."""
+        key_times, stack = torch.cat([past_times, times]), self._stack()
         new_k, new_v = [], []
-        for index, layer in enumerate(self._stack()):
-            x, k, v = layer.encode(x, query_times, key_times, past_k[index], past_v[index])
+        for index, layer in enumerate(stack):
+            last = index == len(stack) - 1
+            x, k, v = layer.encode(x, query_times, key_times, past_k[index], past_v[index], last=last)
             new_k.append(k)
             new_v.append(v)
         return x, torch.stack(new_k), torch.stack(new_v)
@@ -195,4 +236,23 @@ class HSTU(Encoder):
         """Return rows of candidates, as `Encoder.score` says."""
         for index, layer in enumerate(self._stack()):
             x = layer.score(x, request_time, past_times, past_k[index], past_v[index])
+        return x
+
+    def encode_paged(self, x: Tensor, step: Step, pages: KVPages, rows: Tensor) -> Tensor:
+        """Return rows [R, d] and keep the step's K/V, as `Encoder.encode_paged` says: all users at once."""
+        *below, last = self._stack()
+        shared = step.share(pages) if below else step
+        for index, layer in enumerate(below):
+            x = layer.attend_paged(x, shared, pages, index)
+        last.keep_paged(x, step, pages, len(below))
+        if not len(rows):
+            return x[:0]
+        # All but the rows asked for are kept by now, so these look at their users' pages alone.
+        return last.attend_paged(x.index_select(0, rows), step.of_last(rows), pages, len(below))
+
+    def score_paged(self, x: Tensor, step: Step, pages: KVPages) -> Tensor:
+        """Return rows [L, d] of a step of candidates, all users at once."""
+        shared = step.share(pages)
+        for index, layer in enumerate(self._stack()):
+            x = layer.attend_paged(x, shared, pages, index)
         return x

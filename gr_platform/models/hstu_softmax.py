@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from gr_platform.models.config import ModelConfig
+from gr_platform.models.encoder import Encoder
 from gr_platform.models.hstu import HSTU, HSTULayer
 from gr_platform.models.softmax_attention import Blocks, softmax_attend_candidates, softmax_attend_new
 from kernels import TIME_THRESHOLDS_MS, JaggedTimes, pairwise_time_buckets
@@ -58,16 +59,20 @@ class SoftmaxHSTULayer(HSTULayer):
         return (scores.softmax(-1) @ values).transpose(1, 2).flatten(0, 1)
 
     def encode(
-        self, x: Tensor, query_times: Tensor, key_times: Tensor, past_k: Tensor, past_v: Tensor
+        self, x: Tensor, query_times: Tensor, key_times: Tensor, past_k: Tensor, past_v: Tensor, *, last: bool
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rows, k, v of one user's new tokens, as `HSTULayer.encode` says."""
-        u, v, q, k = self._project(x, "reference")
+        """Return rows, k and v of one user's new tokens, as `HSTULayer.encode` says."""
+        asked = x[-1:] if last else x
+        u, v, q, k = self._project(asked, "reference")
+        if last:
+            k, v = self._keys_values(x, "reference")
+            query_times = query_times[-1:]
         num_keys = key_times.shape[0]
-        row = torch.arange(x.shape[0], device=x.device) + (num_keys - x.shape[0])
+        row = torch.arange(asked.shape[0], device=x.device) + (num_keys - asked.shape[0])
         distance = (row[:, None] - torch.arange(num_keys, device=x.device)[None, :]).clamp(min=0)
         bias = self.pos_weight[distance] + self.time_weight[pairwise_time_buckets(query_times, key_times)]
         attention = softmax_attend_new(q, torch.cat([past_k, k]), torch.cat([past_v, v]), bias)
-        return self._combine(x, attention, u, "reference"), k, v
+        return self._combine(asked, attention, u, "reference"), k, v
 
     def score(self, x: Tensor, request_time: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
         """Return the rows [C, d] of candidates that see the history and themselves; request_time int64 [1]."""
@@ -81,7 +86,10 @@ class SoftmaxHSTULayer(HSTULayer):
 
 
 class HSTUSoftmax(HSTU):
-    """A stack of softmax layers with dropout on its input."""
+    """A stack of softmax layers with dropout on its input. Served user by user: the cached kernels know SiLU alone."""
+
+    encode_paged = Encoder.encode_paged
+    score_paged = Encoder.score_paged
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)

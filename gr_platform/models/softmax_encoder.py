@@ -129,11 +129,13 @@ class CausalEncoder(SoftmaxEncoder):
     def encode(
         self, x: Tensor, times: Tensor, query_times: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Return rows, k, v of one user's new tokens, as `Encoder.encode` says; of times only their number counts."""
-        positions = past_times.shape[0] + torch.arange(x.shape[0], device=x.device)
+        """Return the last row, k, v of one user's new tokens, as `Encoder.encode` says; times do not count."""
+        positions, stack = past_times.shape[0] + torch.arange(x.shape[0], device=x.device), self._stack()
         new_k, new_v = [], []
-        for index, layer in enumerate(self._stack()):
+        for index, layer in enumerate(stack):
             q, k, v = layer.project(x, positions)
+            if index == len(stack) - 1:
+                x, q = x[-1:], q[-1:]
             attention = softmax_attend_new(q, torch.cat([past_k[index], k]), torch.cat([past_v[index], v]))
             x = layer.combine(x, attention)
             new_k.append(k)

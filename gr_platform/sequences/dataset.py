@@ -7,6 +7,7 @@ row). What is read is copied once, out of the memory map.
 Legend: U users, B rows asked for, T exposures answered.
 """
 
+from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -149,6 +150,11 @@ class SequenceDataset:
                 f"{examples}"
             )
         return row
+
+    def row_of(self, user_id: int | str) -> int:
+        """Return the row of one user, -1 for one that the data set does not have; users ascend, so log2(U) looks."""
+        row = bisect_left(range(self.num_users), user_id, key=lambda at: self._user_ids[at].as_py())
+        return row if row < self.num_users and self._user_ids[row].as_py() == user_id else -1
 
     def rows_of(self, user_ids: pa.Array) -> np.ndarray:
         """Return the rows of many users, -1 for one that the data set does not have, int64 [len]."""

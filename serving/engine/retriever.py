@@ -4,22 +4,25 @@ Invariant: under next-time the last token looks from the request's time, so it i
 cached; every token before it looks from an event's time and is.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import numpy as np
 
-from gr_platform.bundle.compute import concat_kv
-from gr_platform.models.tokens import Tokens, retrieval_tokens
-from serving.engine.cache import KVCache
+from gr_platform.bundle.compute import Piece
+from gr_platform.models.tokens import retrieval_tokens
 from serving.engine.history import dense, visible_events
+from serving.engine.jobs import Job
+from serving.engine.microbatches import Microbatches
+from serving.engine.model import Model
 from serving.engine.requests import RetrieveRequest, check_retrieve
-
-if TYPE_CHECKING:
-    from gr_platform.bundle.load import Bundle
+from serving.engine.top_k import best_items
 
 # As in training: a vector's length is never divided by less.
 _EPSILON = 1e-6
+# Users whose scores of a block are looked through together.
+_USERS_A_STEP = 16
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,69 +35,79 @@ class RetrieveResult:
     num_unknown: int
 
 
-class Retriever:
-    """A retrieval model with its cache and its item vectors. One caller at a time."""
+@dataclass(slots=True, kw_only=True)
+class _List:
+    """How many items are asked for, rows int64 (ascending) that must not be among them, and what was found."""
 
-    def __init__(self, bundle: "Bundle", *, cache_bytes: int, num_threads: int) -> None:
-        """`cache_bytes` bounds the K/V kept between requests; the item vectors come on top."""
-        self._bundle = bundle
-        self._compute = bundle.compute(num_threads)
-        self._never = np.flatnonzero(~bundle.vocabulary.active)
-        self.cache = KVCache(bundle.digest, cache_bytes)
+    k: int
+    withheld: np.ndarray
+    rows: np.ndarray
+    scores: np.ndarray
 
-    def retrieve(self, request: RetrieveRequest) -> RetrieveResult:
-        """Return the best k available items, fewer if fewer are available. Raises InvalidRequestError."""
-        bundle = self._bundle
+
+class Retriever(Model):
+    """A retrieval model and its item vectors behind the engine."""
+
+    kind: ClassVar[str] = "retrieval"
+
+    def __init__(self, *args: object, **options: object) -> None:
+        super().__init__(*args, **options)  # type: ignore[arg-type]
+        self._never = np.flatnonzero(~self.bundle.vocabulary.active)
+        self.microbatches = Microbatches.fixed(_USERS_A_STEP)
+
+    def prepare(self, request: RetrieveRequest) -> Job:
+        """Return the job of a request. Raises InvalidRequestError."""
+        bundle = self.bundle
         check_retrieve(request, len(bundle.declaration.actions))
         config = bundle.config
         events = visible_events(request.history, bundle.vocabulary, max_events=config.max_events, chunk=config.chunk)
         tokens = retrieval_tokens(events.items, events.actions, events.times, request.request_time)
-        user, cached_tokens = self._user_vector(tokens)
-        scores = self._bundle.item_vectors @ user / np.float32(config.temperature)
-        scores[self._never] = -np.inf
-        scores[self._withheld(request)] = -np.inf
-        best = top_k(scores, request.k)
-        return RetrieveResult(
-            items=bundle.vocabulary.ids(best),
-            scores=scores[best],
-            cached_tokens=cached_tokens,
+        none = np.zeros(0, np.int64)
+        return Job(
+            tokens=tokens,
+            keep=len(tokens) - 1,
+            shared=len(tokens) > 1,
+            num_answers=1,
             num_unknown=events.num_unknown,
+            work=_List(k=request.k, withheld=self._withheld(request), rows=none, scores=none),
+        )
+
+    def answer(self, parts: Sequence[tuple[Job, int]]) -> None:
+        """Find the list of each job."""
+        users = np.stack([job.row for job, _ in parts if job.row is not None])
+        users /= np.maximum(np.linalg.norm(users, axis=1, keepdims=True), _EPSILON)
+        users /= np.float32(self.bundle.config.temperature)
+        ks, withheld = [job.work.k for job, _ in parts], [job.work.withheld for job, _ in parts]
+        lists = best_items(users, self.bundle.item_vectors, ks, withheld)
+        for (job, _), (rows, scores) in zip(parts, lists, strict=True):
+            job.work.rows, job.work.scores = rows, scores
+            job.num_answered = 1
+
+    def result(self, job: Job) -> RetrieveResult:
+        """Return the list, fewer than k items if fewer are available."""
+        return RetrieveResult(
+            items=self.bundle.vocabulary.ids(job.work.rows),
+            scores=job.work.scores,
+            cached_tokens=job.cached_tokens,
+            num_unknown=job.num_unknown,
         )
 
     def warm_up(self) -> None:
-        """Run the shapes that requests have, leaving the cache empty: the first caller must not pay for it."""
-        for num_events in (0, self._bundle.config.max_events):
-            zeros = np.zeros(num_events, np.int64)
-            rows, _ = self._compute.encode(retrieval_tokens(zeros, zeros, zeros, 0), self._compute.empty())
-            top_k(self._bundle.item_vectors @ rows[-1], 10)
-
-    def _user_vector(self, tokens: Tokens) -> tuple[np.ndarray, int]:
-        """Return the normalised last row [d] and how many tokens came from the cache."""
-        settled = tokens.slice(0, len(tokens) - 1)
-        past = (self.cache.lookup(settled) if len(settled) else None) or self._compute.empty()
-        num_cached = len(past)
-        rows, new = self._compute.encode(tokens.slice(num_cached, len(tokens)), past)
-        if num_cached < len(settled):
-            self.cache.insert(settled, concat_kv([past, new]).slice(0, len(settled)))
-        user = rows[-1]
-        return user / max(float(np.linalg.norm(user)), _EPSILON), num_cached
+        """Run prefills of every length, one user and several, and the search of the catalogue."""
+        for num_tokens in (1, *self.lengths()[1:]):
+            zeros = np.zeros(num_tokens - 1, np.int64)
+            tokens = retrieval_tokens(zeros, zeros, zeros, 0)
+            pages = self.warm_pages(len(tokens))
+            rows = self.compute.encode([Piece(tokens=tokens, past=0, pages=pages, keep=len(tokens) - 1)])
+        for num_users in (1, _USERS_A_STEP):
+            users = np.repeat(rows, num_users, axis=0)
+            best_items(users, self.bundle.item_vectors, [10] * num_users, [self._never] * num_users)
 
     def _withheld(self, request: RetrieveRequest) -> np.ndarray:
-        """Return the rows that this request must not get: what it excludes and, if so declared, what the user saw."""
+        """Return the rows that this request must not get: inactive ones, what it excludes and, if so declared, what the
+        user saw."""
         raw = [request.exclude]
-        if self._bundle.declaration.exclude_seen == "all":
+        if self.bundle.declaration.exclude_seen == "all":
             raw.append(request.history.items)
-        return np.concatenate([dense(ids, self._bundle.vocabulary) for ids in raw])
-
-
-def top_k(scores: np.ndarray, k: int) -> np.ndarray:
-    """Return the indices of the k highest finite scores, best first, equal ones by index; fewer if fewer are finite."""
-    k = min(k, int(np.count_nonzero(scores > -np.inf)))
-    if k == 0:
-        return np.zeros(0, np.int64)
-    threshold = np.partition(scores, len(scores) - k)[len(scores) - k]
-    above = np.flatnonzero(scores > threshold)
-    # Ties at the boundary: the lowest indices, so that equal scores always give the same list.
-    level = np.flatnonzero(scores == threshold)[: k - len(above)]
-    chosen = np.concatenate([above, level])
-    return chosen[np.lexsort((chosen, -scores[chosen]))]
+        rows = np.concatenate([dense(ids, self.bundle.vocabulary) for ids in raw])
+        return np.union1d(self._never, rows) if len(rows) else self._never

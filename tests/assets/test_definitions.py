@@ -21,6 +21,7 @@ DEPENDENCIES = {
     "registration": {"evaluation"},
     "bundle": {"registration", "retrieval_model", "ranking_model"},
     "deployment": {"bundle"},
+    "served": {"events", "deployment"},
 }
 CHECKS = {
     ("events", "schema"),

@@ -24,6 +24,7 @@ ASSETS = [
     "registration",
     "retrieval_model",
     "sequences",
+    "served",
 ]
 DS = "simulated"
 

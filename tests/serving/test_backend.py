@@ -1,52 +1,202 @@
-"""One response per request, whatever happens, and nothing of the server's inside in an error."""
+"""One answer per request, whatever happens, and nothing of the server's inside in an error."""
 
+import json
 import logging
+import threading
+import time
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
-from serving import backend
-from serving.backend import DownstreamError, ModelSettings
+from serving import backend, wire
+from serving.backend import EngineModel, ModelSettings
+from serving.engine.engine import Engine, Limits
 from serving.engine.requests import MAX_EVENTS, InvalidRequestError
 from serving.wire import MAX_ID_BYTES, decode_ids, decode_rank, encode_ids
+from tests.serving.engine.toy import some_history, toy_engine
+
+LATE = 10**7
 
 
 class FakeTritonError:
-    INVALID_ARG, INTERNAL, UNAVAILABLE = "INVALID_ARG", "INTERNAL", "UNAVAILABLE"
+    INVALID_ARG, INTERNAL, UNAVAILABLE, CANCELLED = "INVALID_ARG", "INTERNAL", "UNAVAILABLE", "CANCELLED"
 
     def __init__(self, message, code):
         self.message, self.code = message, code
 
 
+class FakeFamily:
+    COUNTER, GAUGE, HISTOGRAM = "counter", "gauge", "histogram"
+
+    def __init__(self, name, description, kind):
+        self.name = name
+
+    def Metric(self, labels, buckets=None):
+        return FakeMetric()
+
+
+class FakeMetric:
+    value = 0.0
+
+    def increment(self, by):
+        self.value += by
+
+    def set(self, to):
+        self.value = to
+
+    def observe(self, value):
+        self.value += 1
+
+
+class FakeRequest:
+    """A request with the inputs of gr_ranker; the answer comes to `answer()`."""
+
+    def __init__(self, tensors, *, timeout_us=0, parameters=None, cancelled=False):
+        self.tensors, self.parameters_json = tensors, json.dumps(parameters or {})
+        self.timeout_us, self.cancelled = timeout_us, cancelled
+        self.answers, self.answered = [], threading.Event()
+        self.fails = 0
+
+    def get_response_sender(self):
+        return self
+
+    def send(self, response, flags):
+        if self.fails:
+            self.fails -= 1
+            raise MemoryError("no shared memory at /dev/shm")
+        assert flags == "final"
+        self.answers.append(response)
+        self.answered.set()
+
+    def timeout(self):
+        return self.timeout_us
+
+    def parameters(self):
+        return self.parameters_json
+
+    def is_cancelled(self):
+        return self.cancelled
+
+    def answer(self):
+        assert self.answered.wait(5)
+        (answer,) = self.answers
+        return answer
+
+
 PB_UTILS = SimpleNamespace(
     TritonError=FakeTritonError,
+    MetricFamily=FakeFamily,
+    TRITONSERVER_RESPONSE_COMPLETE_FINAL="final",
     Logger=SimpleNamespace(log_error=logging.getLogger("fake").error),
     Tensor=lambda name, value: (name, value),
     InferenceResponse=lambda output_tensors=None, error=None: SimpleNamespace(outputs=output_tensors, error=error),
-    get_input_tensor_by_name=lambda request, name: SimpleNamespace(as_numpy=lambda: request[name]),
+    get_input_tensor_by_name=lambda request, name: SimpleNamespace(as_numpy=lambda: request.tensors[name]),
 )
 
 
-def test_each_request_of_a_batch_gets_its_own_answer_or_error(caplog):
-    def handler(tensors):
-        value = tensors["X"][0]
-        if value == 1:
-            raise InvalidRequestError("X is 1")
-        if value == 2:
-            raise KeyError("/secret/path")
-        if value == 3:
-            raise DownstreamError("gr_ranker: /secret/path")
-        return {"Y": tensors["X"] * 2}
+def tensors(num_events=3, candidates=(105, 106), at=LATE):
+    past = some_history(num_events)
+    return {
+        "HISTORY_ITEMS": past.items[None],
+        "HISTORY_ACTIONS": past.actions[None],
+        "HISTORY_TIMES": past.times[None],
+        "HISTORY_OFFSET": np.array([[0]]),
+        "CANDIDATES": np.array([candidates], np.int64),
+        "REQUEST_TIME": np.array([[at]]),
+    }
 
-    requests = [{"X": np.array([value])} for value in (1, 5, 2, 3)]
-    invalid, good, broken, downstream = backend.answer(PB_UTILS, requests, ["X"], handler)
-    assert (invalid.error.message, invalid.error.code) == ("X is 1", "INVALID_ARG")
+
+class RankerModel(EngineModel):
+    pb_utils = PB_UTILS
+    inputs = wire.RANKER_INPUTS
+
+    def __init__(self, engine: Engine):
+        self._engine = engine
+        self._metrics = backend.EngineMetrics(PB_UTILS, "gr_ranker", engine)
+        engine.start()
+
+    def decode(self, tensors):
+        return decode_rank(tensors)
+
+    def encode(self, result):
+        return wire.encode_rank(result)
+
+
+@pytest.fixture
+def model():
+    made = RankerModel(toy_engine("ranking", limits=Limits(max_queue=8)))
+    yield made
+    made._engine.close()
+    made._metrics.close()
+
+
+def test_each_request_of_a_batch_gets_its_own_answer_or_error(model, caplog):
+    broken = FakeRequest(tensors())
+    del broken.tensors["CANDIDATES"]
+    requests = [FakeRequest(tensors(at=-5)), FakeRequest(tensors()), broken]
+    assert model.execute(requests) == [None] * 3
+    invalid, good, failed = (request.answer() for request in requests)
+    assert "REQUEST_TIME is -5" in invalid.error.message
+    assert invalid.error.code == "INVALID_ARG"
     assert good.error is None
-    assert good.outputs[0][1].tolist() == [10]
-    assert (broken.error.message, broken.error.code) == ("internal error", "INTERNAL")
-    assert (downstream.error.message, downstream.error.code) == ("retrieval or ranking is not available", "UNAVAILABLE")
+    expected = toy_engine("ranking").ask(decode_rank(tensors()))
+    assert np.array_equal(good.outputs[0][1][0], expected.scores)
+    assert (failed.error.message, failed.error.code) == ("internal error", "INTERNAL")
+    assert "CANDIDATES" in caplog.text
+
+
+def test_what_breaks_inside_is_logged_and_not_told(model, caplog):
+    model._engine.model.compute.broken = True
+    request = FakeRequest(tensors())
+    model.execute([request])
+    assert (request.answer().error.message, request.answer().error.code) == ("internal error", "INTERNAL")
     assert "/secret/path" in caplog.text
+
+
+def test_a_full_queue_a_passed_deadline_and_a_gone_caller_have_their_codes(model):
+    gate = threading.Event()
+    encode = model._engine.model.compute.encode
+    model._engine.model.compute.encode = lambda pieces: (gate.wait(5), encode(pieces))[1]
+    held = FakeRequest(tensors())
+    model.execute([held])
+    time.sleep(0.05)
+    late = FakeRequest(tensors(), timeout_us=20_000)
+    gone = FakeRequest(tensors(), cancelled=True)
+    others = [FakeRequest(tensors(4)) for _ in range(9)]
+    model.execute([late, gone, *others])
+    refused = [request for request in others if request.answered.is_set()]
+    time.sleep(0.05)
+    gate.set()
+    assert held.answer().error is None
+    assert late.answer().error.code == gone.answer().error.code == "CANCELLED"
+    assert "deadline passed" in late.answer().error.message
+    assert len(refused) == 4
+    assert {request.answer().error.code for request in refused} == {"UNAVAILABLE"}
+    assert all(request.answer().error is None for request in others if request not in refused)
+
+
+def test_an_answer_that_finds_no_shared_memory_becomes_an_error(model, caplog):
+    request = FakeRequest(tensors())
+    request.fails = 1
+    model.execute([request])
+    assert request.answer().error.code == "INTERNAL"
+    assert "/dev/shm" not in request.answer().error.message
+
+
+def test_metrics_follow_what_the_engine_did(model):
+    for _ in range(3):
+        request = FakeRequest(tensors(6))
+        model.execute([request])
+        request.answer()
+    model._engine.close()
+    model._metrics.close()
+    values = {name: metric.value for name, metric in model._metrics._metrics.items()}
+    assert values["gr_requests_total"] == 3
+    assert values["gr_cache_hit_tokens_total"] == 2 * 13
+    assert values["gr_cache_prefill_tokens_total"] == 13
+    assert values["gr_answers_total"] == 6
+    assert model._metrics._latency.value == 3
 
 
 def test_settings_refuse_numpy_2(monkeypatch):

@@ -13,6 +13,7 @@ import tritonclient.grpc as grpcclient
 
 from gr_platform.bundle import golden
 from serving.client import Client, History, ServingError
+from serving.engine_metrics import PERIOD_S
 from serving.repository import ServingOptions
 from serving.wire import RANKER_INPUTS
 from tests.serving.conftest import NUM_ITEMS, Offline, after, user
@@ -227,6 +228,7 @@ def test_metadata_says_what_is_served(client, offline_models):
 
 def test_metrics_count_requests_and_tokens(client, server):
     def figures() -> dict[str, float]:
+        time.sleep(2.5 * PERIOD_S)
         with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5) as answer:
             lines = [line for line in answer.read().decode().splitlines() if line.startswith("gr_")]
         return {name: float(value) for name, value in (line.rsplit(" ", 1) for line in lines)}

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 
 from gr_platform.bundle import export
-from gr_platform.bundle.compute import concat_kv
 from gr_platform.bundle.load import load
 from gr_platform.bundle.verify import parity
 from gr_platform.errors import UserError
 from gr_platform.models.recipes import tiny
 from gr_platform.models.tokens import ranking_tokens
+from tests.gr_platform.paging import NUM_PAGES, encode_in_pieces
 
 NUM_ITEMS = 200
 
@@ -35,31 +35,38 @@ def test_parity_sees_a_wrong_model(bundle_folder):
 
     class Shifted:
         def __init__(self, inner):
-            self.inner, self.empty = inner, inner.empty
+            self.inner = inner
 
-        def encode(self, tokens, past):
-            rows, kv = self.inner.encode(tokens, past)
-            return rows + 1e-3 * np.arange(rows.shape[1]), kv
+        def encode(self, pieces):
+            rows = self.inner.encode(pieces)
+            return rows + 1e-3 * np.arange(rows.shape[1])
 
-        def score(self, *args):
-            return self.inner.score(*args) + 1e-4
+        def score(self, asks):
+            return [scores + 1e-4 for scores in self.inner.score(asks)]
 
-    assert not parity(bundle, Shifted(bundle.compute())).ok
+    assert not parity(bundle, Shifted(bundle.compute(NUM_PAGES))).ok
+
+
+@pytest.mark.parametrize("path", ["onnx", "torch"])
+def test_both_paths_say_what_the_offline_model_said(bundle_folder, path):
+    bundle = load(bundle_folder)
+    result = parity(bundle, bundle.compute(NUM_PAGES, path=path))
+    assert result.ok, result
 
 
 @pytest.mark.parametrize("sizes", [(0, 1), (1, 0), (1, 1), (2, 16), (16, 2)])
 def test_the_graph_takes_past_and_new_lengths_from_zero(bundle_folder, sizes):
-    compute = load(bundle_folder).compute()
+    bundle = load(bundle_folder)
     rng = np.random.default_rng(0)
     history = (rng.integers(5, 205, 40), np.ones(40, np.int64), np.arange(40) * 1000 + 10**12)
-    tokens = ranking_tokens(*history, 10**13)
     past_length, new_length = sizes
-    _, past = compute.encode(tokens.slice(0, past_length), compute.empty())
-    rows, new = compute.encode(tokens.slice(past_length, past_length + new_length), past)
-    whole_rows, whole = compute.encode(tokens.slice(0, past_length + new_length), compute.empty())
-    assert rows.shape[0] == new_length == len(new)
-    np.testing.assert_allclose(concat_kv([past, new]).k, whole.k, atol=1e-5 * max(1.0, float(np.abs(whole.k).max())))
-    np.testing.assert_allclose(rows, whole_rows[past_length:], atol=1e-5)
+    tokens = ranking_tokens(*history, 10**13).slice(0, past_length + new_length)
+    keys = []
+    for cuts in ([past_length], []):
+        compute = bundle.compute(NUM_PAGES)
+        _, pages = encode_in_pieces(compute, tokens, cuts, keeps_last=True)
+        keys.append(compute.k[:, pages].reshape(len(compute.k), -1, *compute.k.shape[3:])[:, : len(tokens)])
+    np.testing.assert_allclose(*keys, atol=1e-5 * max(1.0, float(np.abs(keys[1]).max())))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "encode.onnx", "vocabulary.parquet", "golden.safetensors"])

@@ -8,7 +8,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr_platform.bundle.compute import concat_kv
 from gr_platform.errors import UserError
 from gr_platform.models.batch import EventBatch
 from gr_platform.models.build import build_encoder, build_model
@@ -18,6 +17,7 @@ from gr_platform.models.hstu_softmax import HSTUSoftmax
 from gr_platform.models.softmax_attention import Blocks, softmax_attention
 from gr_platform.models.tokens import ranking_tokens, retrieval_tokens
 from kernels import JaggedTimes
+from tests.gr_platform.paging import NUM_PAGES, encode_in_pieces, score
 
 NUM_ROWS, FIRST_ITEM, NUM_ACTIONS, TASKS = 60, 5, 3, ["like", "purchase"]
 TOLERANCE = 1e-10
@@ -72,15 +72,6 @@ def close(actual, expected):
     actual, expected = np.asarray(actual), np.asarray(expected)
     scale = max(float(np.max(np.abs(expected), initial=0.0)), 1e-30)
     return float(np.max(np.abs(actual - expected), initial=0.0)) <= TOLERANCE * scale
-
-
-def encode_in_pieces(compute, tokens, cuts):
-    past, rows = compute.empty(), []
-    for start, stop in zip([0, *cuts], [*cuts, len(tokens)], strict=True):
-        new_rows, new = compute.encode(tokens.slice(start, stop), past)
-        past = concat_kv([past, new])
-        rows.append(new_rows)
-    return np.concatenate(rows), past
 
 
 @torch.no_grad()
@@ -138,12 +129,15 @@ def test_ranking_full_forward_equals_prefill_delta_and_score(encoder, length, se
     history, request_time = make_history(length, seed)
     tokens = ranking_tokens(*history, request_time)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=3)))
-    compute = TorchCompute(model)
-    _, past = encode_in_pieces(compute, tokens, cuts)
+    compute = TorchCompute(model, NUM_PAGES)
+    _, pages = encode_in_pieces(compute, tokens, cuts, keeps_last=True)
     candidates = np.random.default_rng(seed).integers(FIRST_ITEM, NUM_ROWS, 5)
     full = model.score(EventBatch.of([history], [request_time]), torch.from_numpy(candidates)[None])[0]
     microbatch = data.draw(st.integers(1, 5))
-    pieces = [compute.score(candidates[i : i + microbatch], request_time, past) for i in range(0, 5, microbatch)]
+    pieces = [
+        score(compute, candidates[i : i + microbatch], request_time, len(tokens), pages)
+        for i in range(0, 5, microbatch)
+    ]
     assert close(np.concatenate(pieces), full)
 
 
@@ -155,8 +149,8 @@ def test_retrieval_full_forward_equals_prefill_and_delta(encoder, length, seed, 
     history, request_time = make_history(length, seed)
     tokens = retrieval_tokens(*history, request_time)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=3)))
-    rows, _ = encode_in_pieces(TorchCompute(model), tokens, cuts)
-    user = rows[-1] / np.linalg.norm(rows[-1])
+    rows, _ = encode_in_pieces(TorchCompute(model, NUM_PAGES), tokens, cuts, keeps_last=False)
+    user = rows[0] / np.linalg.norm(rows[0])
     assert close(user, model.user_vectors(EventBatch.of([history], [request_time]))[0].detach())
 
 

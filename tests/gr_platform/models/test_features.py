@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gr_platform.bundle.compute import concat_kv
 from gr_platform.errors import UserError
 from gr_platform.models.batch import Entries, EventBatch
 from gr_platform.models.build import build_model
@@ -21,6 +20,7 @@ from gr_platform.models.recipes import tiny
 from gr_platform.models.tokens import ranking_tokens, retrieval_tokens
 from gr_platform.sequences.codes import Codes
 from gr_platform.sequences.features import ItemFeatures
+from tests.gr_platform.paging import NUM_PAGES, encode_in_pieces, score
 
 KINDS = ["retrieval", "ranking"]
 NUM_ROWS, START_MS = 40, 10**12
@@ -162,19 +162,16 @@ def test_with_item_features_a_full_forward_equals_prefill_delta_and_score(length
     times = START_MS + np.sort(rng.integers(0, 10**7, length + 1))
     history, at = (rng.integers(5, NUM_ROWS, length), rng.integers(1, 8, length), times[:-1]), int(times[-1])
     tokens = (ranking_tokens if kind == "ranking" else retrieval_tokens)(*history, at)
-    compute, batch = TorchCompute(model), EventBatch.of([history], [at])
-    past, rows, begin = compute.empty(), [], 0
-    for end in [*sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=3))), len(tokens)]:
-        row, new = compute.encode(tokens.slice(begin, end), past)
-        past, begin = concat_kv([past, new]), end
-        rows.append(row)
+    compute, batch = TorchCompute(model, NUM_PAGES), EventBatch.of([history], [at])
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(tokens)), max_size=3)))
+    rows, pages = encode_in_pieces(compute, tokens, cuts, keeps_last=kind == "ranking")
     candidates = rng.integers(0, NUM_ROWS, 5)
     if kind == "ranking":
         expected = model.score(batch, torch.from_numpy(candidates)[None])[0].numpy()
-        found = compute.score(candidates, at, past)
+        found = score(compute, candidates, at, len(tokens), pages)
     else:
         expected = model.user_vectors(batch)[0].detach().numpy()
-        found = np.concatenate(rows)[-1] / np.linalg.norm(np.concatenate(rows)[-1])
+        found = rows[0] / np.linalg.norm(rows[0])
     np.testing.assert_allclose(found, expected, rtol=0, atol=1e-10 * np.abs(expected).max())
 
 

@@ -1,16 +1,16 @@
-"""M-FALCON serves a Transformer as it serves HSTU: the exported graphs give the model's rows, K/V and scores."""
+"""M-FALCON serves a Transformer as it serves HSTU: the exported graphs give the model's scores."""
 
 import numpy as np
 import pytest
 import torch
 
-from gr_platform.bundle.compute import concat_kv
 from gr_platform.bundle.export import write_graphs
 from gr_platform.bundle.onnx_compute import OnnxCompute
 from gr_platform.models.build import build_model
 from gr_platform.models.compute import TorchCompute
 from gr_platform.models.recipes import named
 from gr_platform.models.tokens import ranking_tokens
+from tests.gr_platform.paging import NUM_PAGES, encode_in_pieces, score
 
 NUM_ROWS, FIRST_ITEM, TASKS = 60, 5, ["like", "buy"]
 
@@ -22,7 +22,7 @@ def computes(tmp_path_factory):
     model = build_model(config, num_rows=NUM_ROWS, num_actions=2, tasks=TASKS).eval()
     folder = tmp_path_factory.mktemp("graphs")
     write_graphs(model, folder)
-    return OnnxCompute(folder, config, len(TASKS)), TorchCompute(model)
+    return OnnxCompute(folder, config, len(TASKS), NUM_PAGES), TorchCompute(model, NUM_PAGES)
 
 
 @pytest.mark.parametrize(("length", "cut"), [(0, 0), (1, 1), (2, 0), (2, 4), (30, 31)])
@@ -31,9 +31,7 @@ def test_exported_graphs_equal_the_model(computes, length, cut):
     history = rng.integers(FIRST_ITEM, NUM_ROWS, length), rng.integers(1, 4, length), np.arange(length)
     tokens, candidates, answers = ranking_tokens(*history, length), np.arange(FIRST_ITEM, 20), []
     for compute in computes:
-        _, past = compute.encode(tokens.slice(0, cut), compute.empty())
-        rows, new = compute.encode(tokens.slice(cut, len(tokens)), past)
-        past = concat_kv([past, new])
-        answers.append((rows, past.k, past.v, compute.score(candidates, length, past)))
+        _, pages = encode_in_pieces(compute, tokens, [cut], keeps_last=True)
+        answers.append((score(compute, candidates, length, len(tokens), pages),))
     for exported, expected in zip(*answers, strict=True):
         assert np.abs(exported - expected).max() <= 1e-5 * np.abs(expected).max()

@@ -4,20 +4,20 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
-from serving.engine.ranker import Ranker
+from serving.engine.engine import Engine
 from serving.engine.requests import History, InvalidRequestError, RankRequest
-from tests.serving.engine.toy import history, some_history, toy_bundle
+from tests.serving.engine.toy import history, some_history, toy_engine
 
 CANDIDATES = np.arange(105, 130)
 LATE = 10**7
 
 
-def ask(ranker: Ranker, past: History, *, candidates: np.ndarray = CANDIDATES, request_time: int = LATE):
-    return ranker.score(RankRequest(history=past, candidates=candidates, request_time=request_time))
+def ask(ranker: Engine, past: History, *, candidates: np.ndarray = CANDIDATES, request_time: int = LATE):
+    return ranker.ask(RankRequest(history=past, candidates=candidates, request_time=request_time))
 
 
-def fresh(cache_bytes: int = 1 << 20, **options: object) -> Ranker:
-    return Ranker(toy_bundle("ranking", **options), cache_bytes=cache_bytes, num_threads=1)  # type: ignore[arg-type]
+def fresh(cache_bytes: int = 1 << 20, **options: object) -> Engine:
+    return toy_engine("ranking", cache_bytes=cache_bytes, **options)
 
 
 def test_a_repeated_request_is_served_from_the_cache_and_equal() -> None:
@@ -25,7 +25,7 @@ def test_a_repeated_request_is_served_from_the_cache_and_equal() -> None:
     cold, warm = ask(ranker, some_history(9)), ask(ranker, some_history(9))
     assert (cold.cached_tokens, warm.cached_tokens) == (0, 19)
     assert np.array_equal(cold.scores, warm.scores)
-    assert ranker._bundle.toy.encoded_tokens == [19]
+    assert ranker.model.compute.encoded_tokens == [19]
 
 
 def test_an_appended_event_costs_its_two_tokens() -> None:
@@ -33,7 +33,7 @@ def test_an_appended_event_costs_its_two_tokens() -> None:
     ask(ranker, some_history(9))
     appended = ask(ranker, some_history(10))
     assert appended.cached_tokens == 19
-    assert ranker._bundle.toy.encoded_tokens == [19, 2]
+    assert ranker.model.compute.encoded_tokens == [19, 2]
     assert np.array_equal(appended.scores, ask(fresh(), some_history(10)).scores)
 
 
@@ -84,7 +84,7 @@ def test_scores_do_not_depend_on_microbatches_or_on_other_candidates(num_candida
     for index in range(num_candidates):
         alone = ask(ranker, some_history(4), candidates=CANDIDATES[index : index + 1])
         assert np.array_equal(alone.scores[0], together.scores[index])
-    assert max(ranker._bundle.toy.scored, default=0) <= 8
+    assert max(ranker.model.compute.scored, default=0) <= 8
 
 
 def test_unknown_ids_are_scored_and_counted() -> None:
@@ -97,13 +97,13 @@ def test_a_broken_request_leaves_the_cache_alone() -> None:
     ranker = fresh()
     with pytest.raises(InvalidRequestError):
         ask(ranker, some_history(5), request_time=-1)
-    assert ranker.cache.counters.prefill_tokens == 0
+    assert ranker.model.cache.counters.prefill_tokens == 0
 
 
 def test_warm_up_leaves_the_cache_empty() -> None:
     ranker = fresh()
-    ranker.warm_up()
-    assert ranker.cache.counters.num_entries == 0
+    ranker.model.warm_up()
+    assert ranker.model.cache.counters.num_entries == 0
 
 
 requests = strategies.tuples(
@@ -124,4 +124,4 @@ def test_any_stream_of_requests_equals_an_engine_without_a_cache(stream: list[tu
         expected = ask(recomputing, past, request_time=request_time)
         assert np.array_equal(got.scores, expected.scores)
         assert expected.cached_tokens == 0
-        cached.cache.check_integrity()
+        cached.model.cache.check_integrity()

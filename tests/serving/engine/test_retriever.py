@@ -4,28 +4,30 @@ import numpy as np
 import pytest
 from hypothesis import given, settings, strategies
 
+from gr_platform.bundle.compute import Piece
 from gr_platform.models.tokens import retrieval_tokens
+from serving.engine.engine import Engine
 from serving.engine.requests import History, RetrieveRequest
-from serving.engine.retriever import Retriever, top_k
-from tests.serving.engine.toy import FIRST_ITEM, NUM_ITEMS, history, some_history, toy_bundle
+from serving.engine.top_k import best_items, top_k
+from tests.serving.engine.toy import FIRST_ITEM, NUM_ITEMS, history, some_history, toy_engine
 
 NONE = np.zeros(0, np.int64)
 LATE = 10**7
 
 
-def ask(retriever: Retriever, past: History, *, k: int = 5, exclude: np.ndarray = NONE, request_time: int = LATE):
-    return retriever.retrieve(RetrieveRequest(history=past, k=k, exclude=exclude, request_time=request_time))
+def ask(retriever: Engine, past: History, *, k: int = 5, exclude: np.ndarray = NONE, request_time: int = LATE):
+    return retriever.ask(RetrieveRequest(history=past, k=k, exclude=exclude, request_time=request_time))
 
 
-def fresh(cache_bytes: int = 1 << 20, **options: object) -> Retriever:
-    return Retriever(toy_bundle("retrieval", **options), cache_bytes=cache_bytes, num_threads=1)  # type: ignore[arg-type]
+def fresh(cache_bytes: int = 1 << 20, **options: object) -> Engine:
+    return toy_engine("retrieval", cache_bytes=cache_bytes, **options)
 
 
 def test_all_tokens_but_the_last_are_cached() -> None:
     retriever = fresh()
     cold, warm = ask(retriever, some_history(9)), ask(retriever, some_history(9), request_time=LATE + 1)
     assert (cold.cached_tokens, warm.cached_tokens) == (0, 9)
-    assert retriever._bundle.toy.encoded_tokens == [10, 1]
+    assert retriever.model.compute.encoded_tokens == [10, 1]
     assert np.array_equal(warm.scores, ask(fresh(), some_history(9), request_time=LATE + 1).scores)
 
 
@@ -33,7 +35,7 @@ def test_a_delta_of_j_events_is_j_plus_one_rows() -> None:
     retriever = fresh()
     ask(retriever, some_history(6))
     appended = ask(retriever, some_history(9))
-    assert retriever._bundle.toy.encoded_tokens == [7, 4]
+    assert retriever.model.compute.encoded_tokens == [7, 4]
     assert np.array_equal(appended.scores, ask(fresh(), some_history(9)).scores)
 
 
@@ -67,15 +69,14 @@ def test_an_empty_history_is_answered_and_not_cached() -> None:
     retriever = fresh()
     assert len(ask(retriever, history([])).items) == 5
     assert ask(retriever, history([])).cached_tokens == 0
-    assert retriever.cache.counters.num_entries == 0
+    assert retriever.model.cache.counters.num_entries == 0
 
 
 def test_scores_are_dot_products_over_the_temperature() -> None:
-    bundle = toy_bundle("retrieval")
-    past = history([(110, 1, 5)])
-    result = ask(Retriever(bundle, cache_bytes=0, num_threads=1), past, k=NUM_ITEMS)
+    engine, past = fresh(0), history([(110, 1, 5)])
+    result, bundle = ask(engine, past, k=NUM_ITEMS), engine.model.bundle
     tokens = retrieval_tokens(past.items - 100, past.actions, past.times, LATE)
-    user = bundle.toy.encode(tokens, bundle.toy.empty())[0][-1]
+    (user,) = engine.model.compute.encode([Piece(tokens=tokens, past=0, pages=np.zeros(1, np.int32), keep=1)])
     expected = bundle.item_vectors[result.items - 100] @ user / np.linalg.norm(user) / bundle.config.temperature
     np.testing.assert_allclose(result.scores, expected, rtol=1e-5)
 
@@ -85,6 +86,27 @@ def test_top_k_is_the_head_of_a_stable_sort(values: list[float], k: int) -> None
     scores = np.array(values, np.float32)
     expected = [i for i in np.argsort(-scores, kind="stable") if scores[i] > -np.inf][:k]
     assert top_k(scores, k).tolist() == expected
+
+
+@given(
+    strategies.lists(strategies.integers(-3, 3), min_size=1, max_size=40),
+    strategies.lists(
+        strategies.tuples(strategies.integers(1, 9), strategies.sets(strategies.integers(0, 39))), max_size=3
+    ),
+    strategies.integers(1, 9),
+)
+def test_a_list_found_block_by_block_is_the_head_of_the_whole(levels, users, block) -> None:
+    items = np.array(levels, np.float32)[:, None]
+    withheld = [np.array(sorted(r for r in rows if r < len(items)), np.int64) for _, rows in users]
+    vectors = np.ones((len(users), 1), np.float32)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("serving.engine.top_k.BLOCK_ITEMS", block)
+        found = best_items(vectors, items, [k for k, _ in users], withheld)
+    for (k, _), never, (rows, scores) in zip(users, withheld, found, strict=True):
+        whole = items[:, 0].copy()
+        whole[never] = -np.inf
+        assert rows.tolist() == top_k(whole, k).tolist()
+        assert scores.tolist() == whole[rows].tolist()
 
 
 requests = strategies.tuples(
@@ -104,4 +126,4 @@ def test_any_stream_of_requests_equals_an_engine_without_a_cache(stream: list[tu
         got, expected = (ask(engine, past, k=7, request_time=request_time) for engine in (cached, recomputing))
         assert np.array_equal(got.items, expected.items)
         assert np.array_equal(got.scores, expected.scores)
-        cached.cache.check_integrity()
+        cached.model.cache.check_integrity()

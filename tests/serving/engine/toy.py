@@ -1,14 +1,18 @@
 """A toy model whose every row hashes all tokens up to it: one stale or foreign K/V row shows as another score."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
 import numpy as np
 
-from gr_platform.bundle.compute import KV
+from gr_platform.bundle.compute import PAGE_TOKENS, Ask, Piece
 from gr_platform.models.config import Kind, ModelConfig
-from gr_platform.models.tokens import Tokens
+from serving.engine.engine import Engine, Limits
+from serving.engine.microbatches import Microbatches
+from serving.engine.ranker import Ranker
 from serving.engine.requests import History
+from serving.engine.retriever import Retriever
 
 MODULUS = 8_388_593  # a prime below 2**23: states are exact in float32
 ACTIONS = ("view", "like", "buy")
@@ -18,40 +22,49 @@ NUM_ITEMS = 40
 
 @dataclass
 class ToyCompute:
-    """Two layers, one head; row k of layer l is a hash of tokens 0..k."""
+    """Row k is a hash of tokens 0..k; what pages hold beside a user's own tokens never matters, and may be anything."""
 
+    num_pages: int = 64
     salt: int = 1
     encoded_tokens: list[int] = field(default_factory=list)
     scored: list[int] = field(default_factory=list)
+    broken: bool = False
 
-    def empty(self) -> KV:
-        return KV(
-            times=np.zeros(0, np.int64), k=np.zeros((2, 0, 1, 2), np.float32), v=np.zeros((2, 0, 1, 1), np.float32)
-        )
+    def __post_init__(self) -> None:
+        self.states = np.full((self.num_pages, PAGE_TOKENS), -1, np.int64)
+        self.times = np.full((self.num_pages, PAGE_TOKENS), -1, np.int64)
 
-    def encode(self, tokens: Tokens, past: KV) -> tuple[np.ndarray, KV]:
-        self.encoded_tokens.append(len(tokens))
-        state = int(past.v[0, -1, 0, 0]) if len(past) else self.salt
-        states = []
-        fields = (tokens.kinds, tokens.items, tokens.actions, tokens.times, tokens.query_times)
-        for row in zip(*(f.tolist() for f in fields), strict=True):
-            state = hash((state, *row)) % MODULUS
-            states.append(state)
-        column = np.array(states, np.float32)
-        new = KV(
-            times=tokens.times.copy(),
-            k=np.repeat(column[None, :, None, None], 2, axis=0).repeat(2, axis=3),
-            v=np.repeat(column[None, :, None, None], 2, axis=0),
-        )
-        rows = np.stack([np.sin(column), np.cos(column)], axis=1)
-        return rows, new
+    def encode(self, pieces: Sequence[Piece]) -> np.ndarray:
+        if self.broken:
+            raise RuntimeError("/secret/path")
+        rows = [np.zeros((0, 2), np.float32)]
+        for piece in pieces:
+            tokens = piece.tokens
+            self.encoded_tokens.append(len(tokens))
+            state = int(self._past(piece.pages, piece.past)[0][-1]) if piece.past else self.salt
+            states = []
+            fields = (tokens.kinds, tokens.items, tokens.actions, tokens.times, tokens.query_times)
+            for row in zip(*(f.tolist() for f in fields), strict=True):
+                state = hash((state, *row)) % MODULUS
+                states.append(state)
+            self.states.reshape(-1)[piece.slots()] = states[: piece.keep]
+            self.times.reshape(-1)[piece.slots()] = tokens.times[: piece.keep]
+            if piece.wants_row:
+                rows.append(np.array([[np.sin(state), np.cos(state)]], np.float32))
+        return np.concatenate(rows)
 
-    def score(self, candidates: np.ndarray, request_time: int, past: KV) -> np.ndarray:
-        self.scored.append(len(candidates))
+    def score(self, asks: Sequence[Ask]) -> list[np.ndarray]:
+        self.scored.append(sum(len(ask.candidates) for ask in asks))
+        return [self._score(ask) for ask in asks]
+
+    def _score(self, ask: Ask) -> np.ndarray:
         # The whole past goes in, so a hole or a swapped page shows even if the last row is right.
-        history = hash((past.v[0, :, 0, 0].tobytes(), past.k[1, :, 0, 1].tobytes(), past.times.tobytes()))
-        values = [[hash((history, int(c), request_time, task)) % MODULUS for task in range(2)] for c in candidates]
-        return np.array(values, np.float32).reshape(len(candidates), 2) / MODULUS
+        history = hash(tuple(part.tobytes() for part in self._past(ask.pages, ask.past)))
+        values = [[hash((history, int(c), ask.request_time, t)) % MODULUS for t in range(2)] for c in ask.candidates]
+        return np.array(values, np.float32).reshape(len(ask.candidates), 2) / MODULUS
+
+    def _past(self, pages: np.ndarray, num_tokens: int) -> list[np.ndarray]:
+        return [pool[pages].reshape(-1)[:num_tokens] for pool in (self.states, self.times)]
 
 
 class ToyVocabulary:
@@ -74,8 +87,7 @@ class ToyVocabulary:
 
 
 def toy_bundle(kind: Kind, *, digest: str = "model", salt: int = 1, exclude_seen: str = "none") -> SimpleNamespace:
-    """A bundle around the toy: max_events 12, chunk 4, microbatches of 8."""
-    compute = ToyCompute(salt=salt)
+    """A bundle around the toy: max_events 12, chunk 4."""
     vectors = np.random.default_rng(3).normal(size=(FIRST_ITEM + NUM_ITEMS, 2)).astype(np.float32)
     return SimpleNamespace(
         kind=kind,
@@ -86,11 +98,16 @@ def toy_bundle(kind: Kind, *, digest: str = "model", salt: int = 1, exclude_seen
         declaration=SimpleNamespace(actions=list(ACTIONS), exclude_seen=exclude_seen),
         tasks=("like", "buy"),
         vocabulary=ToyVocabulary(),
-        microbatch_size=8,
         item_vectors=vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
-        compute=lambda num_threads: compute,
-        toy=compute,
+        compute=lambda num_pages, path, num_threads: ToyCompute(num_pages, salt=salt),
     )
+
+
+def toy_engine(kind: Kind, *, cache_bytes: int = 1 << 20, limits: Limits | None = None, **options: object) -> Engine:
+    """An engine of the toy with microbatches of 8."""
+    model = (Ranker if kind == "ranking" else Retriever)(toy_bundle(kind, **options), cache_bytes=cache_bytes)
+    model.microbatches = Microbatches.fixed(8)
+    return Engine(model, limits)
 
 
 def history(events: list[tuple[int, int, int]], *, offset: int = 0) -> History:

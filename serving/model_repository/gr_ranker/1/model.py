@@ -3,7 +3,8 @@
 import triton_python_backend_utils as pb_utils
 
 from serving import backend, wire
-from serving.engine.ranker import Ranker
+from serving.engine.ranker import Ranker, RankResult
+from serving.engine.requests import RankRequest
 
 
 class TritonPythonModel(backend.EngineModel):
@@ -11,8 +12,12 @@ class TritonPythonModel(backend.EngineModel):
 
     pb_utils = pb_utils
     inputs = wire.RANKER_INPUTS
-    build_engine = Ranker
+    model = Ranker
 
-    def _answer(self, tensors: wire.Tensors) -> tuple[int, wire.Tensors]:
-        result = self._engine.score(wire.decode_rank(tensors))
-        return result.num_unknown, wire.encode_rank(result)
+    def decode(self, tensors: wire.Tensors) -> RankRequest:
+        """Return the request in the input tensors."""
+        return wire.decode_rank(tensors)
+
+    def encode(self, result: RankResult) -> wire.Tensors:
+        """Return the output tensors."""
+        return wire.encode_rank(result)

@@ -3,7 +3,8 @@
 import triton_python_backend_utils as pb_utils
 
 from serving import backend, wire
-from serving.engine.retriever import Retriever
+from serving.engine.requests import RetrieveRequest
+from serving.engine.retriever import Retriever, RetrieveResult
 
 
 class TritonPythonModel(backend.EngineModel):
@@ -11,8 +12,12 @@ class TritonPythonModel(backend.EngineModel):
 
     pb_utils = pb_utils
     inputs = wire.RETRIEVER_INPUTS
-    build_engine = Retriever
+    model = Retriever
 
-    def _answer(self, tensors: wire.Tensors) -> tuple[int, wire.Tensors]:
-        result = self._engine.retrieve(wire.decode_retrieve(tensors))
-        return result.num_unknown, wire.encode_retrieve(result)
+    def decode(self, tensors: wire.Tensors) -> RetrieveRequest:
+        """Return the request in the input tensors."""
+        return wire.decode_retrieve(tensors)
+
+    def encode(self, result: RetrieveResult) -> wire.Tensors:
+        """Return the output tensors."""
+        return wire.encode_retrieve(result)

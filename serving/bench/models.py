@@ -1,0 +1,91 @@
+"""Pairs of bundles with random weights: what a benchmark serves, for its cost is that of a trained pair.
+
+Invariant: a folder depends on its arguments alone, and two seeds of one shape are two models of one data set, so that
+one can be swapped for the other.
+"""
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import torch
+from safetensors.torch import save_file
+
+from gr_platform import storage
+from gr_platform.bundle import export
+from gr_platform.events.declaration import Declaration
+from gr_platform.models.build import build_model
+from gr_platform.models.config import Kind, ModelConfig
+from gr_platform.sequences.vocabulary import NUM_OOV
+
+FIRST_ID = 1000
+ACTIONS = ("view", "like", "purchase")
+# Large enough that every term shows in the scores, small enough that no probability is 0 or 1.
+_GAIN = 2.0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Folders of a retrieval and a ranking bundle of one data set."""
+
+    retrieval: Path
+    ranking: Path
+
+
+def speed_table(max_events: int) -> ModelConfig:
+    """Return the model of the speed table: d 256, 4 layers, 4 heads of 64/64; `kind` is the ranking one's."""
+    return ModelConfig(
+        kind="ranking", embedding_dim=256, num_layers=4, num_heads=4, qk_dim=64, v_dim=64, max_events=max_events
+    )
+
+
+def write_pair(parent: Path, config: ModelConfig, *, num_items: int, seed: int) -> Pair:
+    """Return a pair of bundles under `parent`, both of `config`'s shape; items have the ids FIRST_ID and on."""
+    folders = {kind: parent / f"{kind}-{seed}" for kind in ("retrieval", "ranking")}
+    for kind, folder in folders.items():
+        write_bundle(folder, replace(config, kind=kind), num_items=num_items, seed=seed)
+    return Pair(**folders)
+
+
+def write_bundle(folder: Path, config: ModelConfig, *, num_items: int, seed: int) -> None:
+    """Write a bundle of `config`'s shape with weights drawn from `seed`."""
+    folder.mkdir(parents=True)
+    source = folder.with_name(f".{folder.name}-source")
+    source.mkdir()
+    kind: Kind = config.kind
+    declaration = Declaration(
+        name="benchmark", actions=ACTIONS, tasks={name: (name,) for name in ACTIONS[1:]}, positives=ACTIONS
+    )
+    _write_vocabulary(source / "vocabulary.parquet", num_items)
+    torch.manual_seed(seed)
+    num_rows = 1 + NUM_OOV + num_items
+    model = build_model(config, num_rows=num_rows, num_actions=len(ACTIONS), tasks=list(declaration.tasks))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.mul_(_GAIN)
+    save_file(model.state_dict(), source / "model.safetensors")
+    facts = export.write_bundle(
+        folder,
+        model=model,
+        weights=source / "model.safetensors",
+        vocabulary=source / "vocabulary.parquet",
+        num_rows=num_rows,
+        declaration=declaration.to_json(),
+        recipe="benchmark",
+        metrics={},
+    )
+    storage.write_manifest(folder, kind=kind, spec={"seed": seed}, facts=facts)
+
+
+def _write_vocabulary(path: Path, num_items: int) -> None:
+    ones = pa.array(np.ones(num_items, np.int64))
+    columns = {
+        "item_id": pa.array(FIRST_ID + np.arange(num_items)),
+        "count": ones,
+        "first_ts": ones,
+        "last_ts": ones,
+        "active": pa.array(np.ones(num_items, bool)),
+    }
+    pq.write_table(pa.table(columns), path)

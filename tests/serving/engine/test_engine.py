@@ -1,0 +1,251 @@
+"""Steps: what several requests at once get, who waits for whom, and how requests end that are not answered."""
+
+import threading
+import time
+from typing import Any
+
+import numpy as np
+import pytest
+from hypothesis import settings, strategies
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
+
+from serving.engine.engine import Engine, Limits
+from serving.engine.jobs import CancelledError, LateError, QueueFullError, Terms
+from serving.engine.requests import History, InvalidRequestError, RankRequest, RetrieveRequest
+from serving.engine.scheduler import share
+from tests.serving.engine.toy import history, some_history, toy_engine
+
+LATE = 10**7
+NONE = np.zeros(0, np.int64)
+
+
+def rank(past: History, num_candidates: int = 5, at: int = LATE) -> RankRequest:
+    return RankRequest(history=past, candidates=105 + np.arange(num_candidates) % 30, request_time=at)
+
+
+def submit(engine: Engine, request: Any, terms: Terms | None = None) -> list:
+    outcomes: list = []
+    engine.submit(request, lambda job, outcome: outcomes.append(outcome), terms)
+    return outcomes
+
+
+def run(engine: Engine, *waiting: list, most_steps: int = 10_000) -> int:
+    steps = 0
+    while not all(waiting):
+        engine.step()
+        steps += 1
+        assert steps <= most_steps
+    return steps
+
+
+def test_requests_of_one_step_get_what_each_gets_alone() -> None:
+    engine = toy_engine("ranking", limits=Limits(step_tokens=7))
+    requests = [rank(some_history(n, seed=n), m, LATE + n) for n, m in ((9, 5), (0, 3), (12, 40), (1, 0), (9, 5))]
+    outcomes = [submit(engine, request) for request in requests]
+    run(engine, *outcomes)
+    for request, (outcome,) in zip(requests, outcomes, strict=True):
+        assert np.array_equal(outcome.scores, toy_engine("ranking", cache_bytes=0).ask(request).scores)
+    assert max(engine.model.compute.encoded_tokens) <= 7
+    engine.model.cache.check_integrity()
+
+
+def test_a_short_request_passes_one_of_ten_thousand_candidates() -> None:
+    engine = toy_engine("ranking")
+    long = submit(engine, rank(some_history(5), 10_000))
+    engine.step()
+    short = submit(engine, rank(some_history(6, seed=1), 6))
+    assert run(engine, short) <= 2
+    assert not long
+    steps = run(engine, long)
+    assert steps <= 10_000 // 8 + 2
+
+
+def test_many_short_requests_do_not_starve_a_long_one() -> None:
+    engine = toy_engine("ranking")
+    long = submit(engine, rank(some_history(5), 64))
+    for _ in range(40):
+        submit(engine, rank(some_history(1, seed=3), 8))
+        engine.step()
+    assert long
+
+
+def test_a_long_history_does_not_hold_others() -> None:
+    engine = toy_engine("ranking", limits=Limits(step_tokens=8))
+    long = submit(engine, rank(some_history(12)))
+    engine.step()
+    short = submit(engine, rank(some_history(1, seed=4)))
+    run(engine, short, most_steps=1)
+    assert not long
+
+
+def test_priorities_come_first() -> None:
+    engine = toy_engine("ranking", limits=Limits(max_users=1))
+    submit(engine, rank(some_history(5)))
+    engine.step()
+    later = [submit(engine, rank(some_history(5)), Terms(priority=p)) for p in (2, 1, 0)]
+    run(engine, later[2])
+    assert not later[0]
+    run(engine, *later)
+
+
+def test_no_more_requests_are_taken_than_the_bound_says() -> None:
+    engine = toy_engine("ranking", limits=Limits(max_queue=2))
+    kept = [submit(engine, rank(some_history(2))) for _ in range(2)]
+    with pytest.raises(QueueFullError, match="2 requests wait for this model already"):
+        submit(engine, rank(some_history(2)))
+    run(engine, *kept)
+    assert engine.ask(rank(some_history(2))).scores.shape == (5, 2)
+    assert engine.totals.ended == {"ok": 3, "UNAVAILABLE": 1}
+
+
+def test_late_and_cancelled_requests_end_and_give_their_pages_back() -> None:
+    engine = toy_engine("ranking")
+    gone = threading.Event()
+    late = submit(engine, rank(some_history(5), 100), Terms(deadline=time.monotonic() + 0.05))
+    cancelled = submit(engine, rank(some_history(5), 100), Terms(is_cancelled=gone.is_set))
+    engine.step()
+    gone.set()
+    time.sleep(0.08)
+    engine.step()
+    assert isinstance(late[0], LateError)
+    assert isinstance(cancelled[0], CancelledError)
+    assert engine.num_jobs == 0
+    engine.model.cache.check_integrity()
+    assert engine.totals.ended == {"CANCELLED": 2}
+
+
+def test_a_step_that_breaks_ends_its_requests_and_not_the_engine() -> None:
+    engine = toy_engine("ranking")
+    engine.model.compute.broken = True
+    with pytest.raises(RuntimeError, match="secret"):
+        engine.ask(rank(some_history(5)))
+    engine.model.compute.broken = False
+    engine.model.cache.check_integrity()
+    assert engine.ask(rank(some_history(5))).cached_tokens == 0
+
+
+def test_a_broken_request_is_refused_before_it_is_queued() -> None:
+    engine = toy_engine("ranking")
+    with pytest.raises(InvalidRequestError, match="REQUEST_TIME"):
+        submit(engine, rank(some_history(5), at=-1))
+    assert engine.num_jobs == 0
+
+
+def test_an_answer_that_cannot_be_sent_stops_nobody() -> None:
+    engine = toy_engine("ranking")
+
+    def gone(job: Any, outcome: Any) -> None:
+        raise OSError("no reader")
+
+    engine.submit(rank(some_history(5)), gone)
+    assert engine.ask(rank(some_history(5))).scores.shape == (5, 2)
+
+
+def test_the_thread_answers_what_is_there_before_it_ends() -> None:
+    engine = toy_engine("retrieval")
+    engine.start()
+    request = RetrieveRequest(history=some_history(4), k=3, exclude=NONE, request_time=LATE)
+    outcomes = [submit(engine, request) for _ in range(20)]
+    engine.close()
+    assert all(len(outcome[0].items) == 3 for outcome in outcomes)
+    assert not engine.alive
+    with pytest.raises(QueueFullError):
+        submit(engine, request)
+
+
+def test_shares_add_up_to_the_budget_and_the_oldest_gets_some() -> None:
+    jobs = [toy_engine("ranking").model.prepare(rank(some_history(1), n)) for n in (100, 3, 50, 7)]
+    for budget in (1, 4, 20, 60, 1000):
+        parts = share(jobs, lambda job: job.answers_left, budget)
+        assert parts[0][0] is jobs[0]
+        assert parts[0][1] >= min(100, max(1, budget // 4))
+        assert sum(count for _, count in parts) == min(budget, 160)
+        assert all(0 < count <= job.answers_left for job, count in parts)
+    assert [count for _, count in share(jobs, lambda job: job.answers_left, 20)] == [5, 3, 5, 7]
+
+
+class EngineAgainstOracle(RuleBasedStateMachine):
+    """Histories grow, are cut, edited and get other next times; requests of all of them are in the engine at once, in a
+    cache of a few pages, and models are swapped; each answer is held against an engine that recomputes everything."""
+
+    users = strategies.integers(0, 3)
+
+    @initialize(kind=strategies.sampled_from(["ranking", "retrieval"]), cache_bytes=strategies.integers(0, 9_000))
+    def begin(self, kind: str, cache_bytes: int) -> None:
+        self.kind, self.cache_bytes, self.version = kind, cache_bytes, 0
+        self.histories: dict[int, list[tuple[int, int, int]]] = {user: [] for user in range(4)}
+        self.waiting: list[tuple[list, Any]] = []
+        self.swap()
+
+    @rule()
+    def swap(self) -> None:
+        # The old model answers what it has; its cache goes with it.
+        if self.version:
+            self.settle()
+        self.version += 1
+        own = {"digest": f"model {self.version}", "salt": self.version}
+        limits = Limits(max_users=3, step_tokens=9)
+        self.engine = toy_engine(self.kind, cache_bytes=self.cache_bytes, limits=limits, **own)
+        self.oracle = toy_engine(self.kind, cache_bytes=0, **own)
+
+    @rule(user=users, num_events=strategies.integers(1, 24), item=strategies.integers(0, 2))
+    def append(self, user: int, num_events: int, item: int) -> None:
+        events = self.histories[user]
+        start = len(events)
+        events.extend((105 + item, 1, 10 * (start + i)) for i in range(num_events))
+        del events[40:]
+
+    @rule(user=users, share=strategies.floats(0, 1))
+    def edit(self, user: int, share: float) -> None:
+        if events := self.histories[user]:
+            at = int(share * (len(events) - 1))
+            events[at] = (105 + (events[at][0] - 104) % 3, 2, events[at][2])
+
+    @rule(user=users, share=strategies.floats(0, 1))
+    def other_next_time(self, user: int, share: float) -> None:
+        if events := self.histories[user]:
+            at = int(share * (len(events) - 1))
+            item, action, happened = events[at]
+            events[at] = (item, action, happened - happened % 10 + (happened + 1) % 10)
+
+    @rule(user=users, share=strategies.floats(0, 1))
+    def cut(self, user: int, share: float) -> None:
+        del self.histories[user][int(share * len(self.histories[user])) :]
+
+    @rule(user=users, num_candidates=strategies.integers(0, 20), delay=strategies.integers(0, 3))
+    def ask(self, user: int, num_candidates: int, delay: int) -> None:
+        past = history(self.histories[user])
+        at = (int(past.times[-1]) if len(past.times) else 0) + delay
+        request = rank(past, num_candidates, at)
+        if self.kind == "retrieval":
+            request = RetrieveRequest(history=past, k=1 + num_candidates, exclude=NONE, request_time=at)
+        self.waiting.append((submit(self.engine, request), request))
+
+    @rule()
+    def step(self) -> None:
+        self.engine.step()
+
+    @rule()
+    def settle(self) -> None:
+        run(self.engine, *(outcomes for outcomes, _ in self.waiting))
+        for (outcome,), request in self.waiting:
+            expected = self.oracle.ask(request)
+            if self.kind == "ranking":
+                assert np.array_equal(outcome.scores, expected.scores)
+            else:
+                # The product with the catalogue is one of all users of a step: it rounds by their number.
+                np.testing.assert_allclose(outcome.scores, expected.scores, rtol=1e-6, atol=1e-6)
+                assert np.array_equal(outcome.items, expected.items)
+        self.waiting.clear()
+
+    @invariant()
+    def integrity(self) -> None:
+        self.engine.model.cache.check_integrity()
+
+    def teardown(self) -> None:
+        if hasattr(self, "engine"):
+            self.settle()
+
+
+TestEngineAgainstOracle = EngineAgainstOracle.TestCase
+TestEngineAgainstOracle.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
