@@ -31,8 +31,8 @@ _TEMPLATES = Path(__file__).resolve().parent / "model_repository"
 class ServingOptions:
     """What the operator sets. `cache_bytes` bounds each model's K/V cache; `num_threads` 0 = what the machine has.
 
-    max_batch_size: users of one step; max_queue: requests in one model, above which more are refused; compute: "torch"
-    (the kernels, all users of a step at once, a GPU where there is one) or "onnx" (the graphs, user by user).
+    max_batch_size: users of one step; max_queue: requests in one model, above which more are refused; compute: what
+    computes, "auto", "torch" or "onnx", as `Bundle.compute` says.
 
     max_in_flight: recommendations at once, above which more are refused. shadow_share: of recommendations that the
     challenger scores too, 0 to 1. log_bytes: of the served log on disk, 0 = none is kept; log_seconds: how long a row
@@ -44,7 +44,7 @@ class ServingOptions:
     retrieval_depth: int = 50
     max_batch_size: int = 32
     max_queue: int = 256
-    compute: ComputePath = "torch"
+    compute: ComputePath = "auto"
     max_in_flight: int = 256
     shadow_share: float = 0.0
     log_bytes: int = 1 << 30

@@ -8,7 +8,7 @@ Legend: B users, L new tokens of one, P past tokens of one, C candidates of one.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import Literal, Protocol, runtime_checkable
 
 import numpy as np
 
@@ -16,7 +16,7 @@ from gr_platform.models.config import ModelConfig
 from gr_platform.models.tokens import Tokens
 
 PAGE_TOKENS = 16
-ComputePath = Literal["torch", "onnx"]
+ComputePath = Literal["auto", "torch", "onnx"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,6 +68,15 @@ class Compute(Protocol):
         Each candidate is an item token at the request's time at the position after the history; it sees the history and
         itself, never another candidate.
         """
+        ...
+
+
+@runtime_checkable
+class Tunable(Protocol):
+    """A `Compute` that settles while it warms up what it computes by."""
+
+    def tune(self) -> None:
+        """Measure and choose; writes to no page."""
         ...
 
 

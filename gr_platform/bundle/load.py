@@ -54,13 +54,17 @@ class Bundle:
         """Number of ranking heads; 0 for retrieval."""
         return len(self.tasks) if self.kind == "ranking" else 0
 
-    def compute(self, num_pages: int, *, path: ComputePath = "onnx", num_threads: int = 1) -> Compute:
-        """Return the loaded model with room for `num_pages` pages of K/V: its graphs in ONNX Runtime, or in torch."""
+    def compute(self, num_pages: int, *, path: ComputePath = "auto", num_threads: int = 1) -> Compute:
+        """Return the loaded model with room for `num_pages` pages of K/V.
+
+        path: "torch" (the kernels, several users a step), "onnx" (the graphs in ONNX Runtime, with no torch in the
+        process), or "auto": torch encodes, and candidates are scored by whichever is faster.
+        """
         if path == "onnx":
             return OnnxCompute(self.folder, self.config, self.num_tasks, num_pages, num_threads=num_threads)
-        from gr_platform.bundle.torch_model import torch_compute
+        from gr_platform.bundle.torch_model import fastest_compute, torch_compute
 
-        return torch_compute(self, num_pages, num_threads=num_threads)
+        return (fastest_compute if path == "auto" else torch_compute)(self, num_pages, num_threads=num_threads)
 
 
 def model_digest(facts: Mapping[str, Any], files: Mapping[str, str]) -> str:

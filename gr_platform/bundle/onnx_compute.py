@@ -27,18 +27,30 @@ class OnnxCompute:
     """The exported graphs behind the `Compute` protocol."""
 
     def __init__(
-        self, folder: Path, config: ModelConfig, num_tasks: int, num_pages: int, *, num_threads: int = 1
+        self,
+        folder: Path,
+        config: ModelConfig,
+        num_tasks: int,
+        num_pages: int,
+        *,
+        num_threads: int = 1,
+        shared: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
     ) -> None:
+        """shared: pages (k, v, times) of another path, which encodes into them; this one then scores alone."""
         self.config, self.num_tasks, self.num_pages = config, num_tasks, num_pages
-        self._encode = _session(folder / "encode.onnx", num_threads)
+        self._encode = None if shared else _session(folder / "encode.onnx", num_threads)
         self._score = _session(folder / "score.onnx", num_threads) if config.kind == "ranking" else None
         shape = (config.num_layers, num_pages, PAGE_TOKENS, config.num_heads)
-        self.k = np.empty((*shape, config.qk_dim), np.float32)
-        self.v = np.empty((*shape, config.v_dim), np.float32)
-        self.times = np.empty((num_pages, PAGE_TOKENS), np.int64)
+        self.k, self.v, self.times = shared or (
+            np.empty((*shape, config.qk_dim), np.float32),
+            np.empty((*shape, config.v_dim), np.float32),
+            np.empty((num_pages, PAGE_TOKENS), np.int64),
+        )
 
     def encode(self, pieces: Sequence[Piece]) -> np.ndarray:
         """Write the kept tokens' K/V and return the rows float32 [R, d] of the pieces that want one."""
+        if self._encode is None:
+            raise RuntimeError("encode() needs pages of its own")
         rows = [np.zeros((0, self.config.embedding_dim), np.float32)]
         for piece in pieces:
             *row, k, v = self._encode.run(None, _fields(piece) | self._past(piece.pages, piece.past))

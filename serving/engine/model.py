@@ -23,9 +23,7 @@ class Model(ABC):
 
     kind: ClassVar[str]
 
-    def __init__(
-        self, bundle: "Bundle", *, cache_bytes: int, num_threads: int = 1, path: ComputePath = "torch"
-    ) -> None:
+    def __init__(self, bundle: "Bundle", *, cache_bytes: int, num_threads: int = 1, path: ComputePath = "auto") -> None:
         """`cache_bytes` bounds the K/V kept between requests; path: what computes, see `Bundle.compute`."""
         self.bundle, self.longest = bundle, most_tokens(bundle.config)
         self.cache = KVCache(bundle.digest, cache_bytes, page_bytes(bundle.config), self.longest)

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from gr_platform.bundle.compute import Ask, Piece
+from gr_platform.bundle.compute import Ask, Piece, Tunable
 from gr_platform.models.tokens import ranking_tokens
 from serving.engine.history import count_unknown, dense, visible_events
 from serving.engine.jobs import Job
@@ -94,4 +94,6 @@ class Ranker(Model):
             tokens = ranking_tokens(zeros, zeros, zeros, 0)
             pages = self.warm_pages(len(tokens))
             self.compute.encode([Piece(tokens=tokens, past=0, pages=pages, keep=len(tokens))])
+        if isinstance(self.compute, Tunable):
+            self.compute.tune()
         self.microbatches = Microbatches.measured(score, self.lengths()[1:])

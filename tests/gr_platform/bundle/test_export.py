@@ -1,6 +1,7 @@
 """A bundle says what its model said, and a damaged one is refused."""
 
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from gr_platform.bundle import export
+from gr_platform.bundle.compute import Ask, Tunable
 from gr_platform.bundle.load import load
 from gr_platform.bundle.verify import parity
 from gr_platform.errors import UserError
@@ -47,11 +49,36 @@ def test_parity_sees_a_wrong_model(bundle_folder):
     assert not parity(bundle, Shifted(bundle.compute(NUM_PAGES))).ok
 
 
-@pytest.mark.parametrize("path", ["onnx", "torch"])
-def test_both_paths_say_what_the_offline_model_said(bundle_folder, path):
+@pytest.mark.parametrize("path", ["onnx", "torch", "auto"])
+def test_every_path_says_what_the_offline_model_said(bundle_folder, path):
     bundle = load(bundle_folder)
-    result = parity(bundle, bundle.compute(NUM_PAGES, path=path))
-    assert result.ok, result
+    compute = bundle.compute(NUM_PAGES, path=path)
+    assert parity(bundle, compute).ok
+    if isinstance(compute, Tunable):
+        compute.tune()
+        # Whatever this machine is faster at: every list by the graph, which reads what torch encoded, and none.
+        for graph_from in (1, math.inf):
+            compute.graph_from = dict.fromkeys(compute.graph_from, graph_from)
+            assert parity(bundle, compute).ok
+
+
+def test_lists_of_one_step_go_where_they_belong_and_come_back_in_order(tmp_path, random_bundle):
+    bundle = load(random_bundle(tmp_path / "ranking", "ranking", num_items=NUM_ITEMS))
+    compute = bundle.compute(NUM_PAGES)
+    tokens = ranking_tokens(np.arange(5, 15), np.ones(10, np.int64), np.arange(10) * 1000, 10**5)
+    _, pages = encode_in_pieces(compute, tokens, [], keeps_last=True)
+    sizes, lists = (3, 20, 0, 50, 4), []
+    asks = [
+        Ask(candidates=np.arange(5, 5 + size), request_time=10**5 + size, past=len(tokens), pages=pages)
+        for size in sizes
+    ]
+    for graph_from in (math.inf, 10, 1):
+        compute.graph_from["together"] = graph_from
+        lists.append(compute.score(asks))
+        assert [len(scores) for scores in lists[-1]] == list(sizes)
+    for other in lists[1:]:
+        for ours, expected in zip(other, lists[0], strict=True):
+            np.testing.assert_allclose(ours, expected, rtol=0, atol=1e-5)
 
 
 @pytest.mark.parametrize("sizes", [(0, 1), (1, 0), (1, 1), (2, 16), (16, 2)])
@@ -63,7 +90,7 @@ def test_the_graph_takes_past_and_new_lengths_from_zero(bundle_folder, sizes):
     tokens = ranking_tokens(*history, 10**13).slice(0, past_length + new_length)
     keys = []
     for cuts in ([past_length], []):
-        compute = bundle.compute(NUM_PAGES)
+        compute = bundle.compute(NUM_PAGES, path="onnx")
         _, pages = encode_in_pieces(compute, tokens, cuts, keeps_last=True)
         keys.append(compute.k[:, pages].reshape(len(compute.k), -1, *compute.k.shape[3:])[:, : len(tokens)])
     np.testing.assert_allclose(*keys, atol=1e-5 * max(1.0, float(np.abs(keys[1]).max())))
