@@ -43,14 +43,14 @@ def deploy(home: Path, ds: str) -> Deployment:
     """
     from gr_platform.bundle.load import load
     from gr_platform.bundle.verify import parity
-    from serving import server
+    from serving import swap
 
     contenders = promotion.contenders(home, ds)
     parity_ok = {kind: parity(load(bundle_of(home, ds, kind, v))).ok for kind, v in contenders.items()}
     verdict = promotion.judge(home, ds, parity_ok)
     folders = {kind: bundle_of(home, ds, kind, version) for kind, version in verdict.serving.items()}
     if folders:
-        loaded = server.deploy(home, folders["retrieval"], folders["ranking"])
+        loaded = swap.deploy(home, folders["retrieval"], folders["ranking"])
     promotion.settle(home, verdict)
     if not folders:
         raise UserError(f"no models of {ds} may serve yet: {'; '.join(verdict.reasons)}; train on more data or longer")
@@ -65,15 +65,22 @@ def deploy(home: Path, ds: str) -> Deployment:
 
 
 def bundle_of(home: Path, ds: str, kind: Kind, version: Version) -> Path:
-    """Return the bundle folder that was exported from a version's run. Raises UserError if there is none."""
+    """Return the bundle folder that was exported from a version's run: the current one if it is, else the youngest.
+
+    A damaged bundle of another version is passed over. Raises UserError if there is none.
+    """
     parent = home / "bundles" / ds
-    found = [folder for folder in parent.glob(f"{kind}-*") if _run_digest(folder) == version.run_digest]
-    if not found:
-        raise UserError(f"{version.name} version {version.version} has no bundle; run gr materialize --select bundle")
     pointer = parent / f"{kind}.current"
-    current = pointer.read_text(encoding="utf-8").strip() if pointer.exists() else ""
-    return max(found, key=lambda folder: (folder.name == current, folder.stat().st_mtime))
-
-
-def _run_digest(folder: Path) -> str:
-    return str(storage.read_manifest(folder).spec["run"])
+    current = pointer.read_text(encoding="utf-8", errors="replace").strip() if pointer.exists() else ""
+    folders = sorted(parent.glob(f"{kind}-*"), key=lambda each: (each.name != current, -each.stat().st_mtime))
+    damaged = []
+    for folder in folders:
+        try:
+            run = storage.read_manifest(folder).spec.get("run")
+        except UserError as error:
+            damaged.append(str(error))
+            continue
+        if run == version.run_digest:
+            return folder
+    why = f" ({damaged[0]})" if damaged else ""
+    raise UserError(f"{version.name} version {version.version} has no bundle; run gr materialize --select bundle{why}")

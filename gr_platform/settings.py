@@ -43,6 +43,11 @@ def serving_python() -> Path:
     return Path(os.environ.get("GR_SERVING_VENV") or PROJECT_ROOT / ".venv-serving") / "bin" / "python"
 
 
+def server_admin_key() -> str:
+    """Return the key of the model control of a server that somebody else runs (`GR_SERVER_ADMIN_KEY`), '' for none."""
+    return os.environ.get("GR_SERVER_ADMIN_KEY") or ""
+
+
 def peer_python() -> Path | None:
     """Return the Python of the environment with the libraries that `gr bench train` compares with, or None.
 

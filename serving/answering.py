@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from serving import calls
-from serving.backend import ModelSettings
+from serving.backend import PRIORITY, ModelSettings
 from serving.calls import CANCELLED, RefusedError
 from serving.counters import Counters
 
@@ -27,7 +27,7 @@ NUM_THREADS = 64
 ASK_AFTER_S = 0.05
 REQUESTS = {
     "gr_requests_total": "Requests answered with a result",
-    "gr_refused_total": "Requests refused at once because too many were in flight",
+    "gr_rejected_total": "Requests refused because too many waited",
 }
 
 
@@ -39,11 +39,8 @@ class Call:
         timeout_us = request.timeout()
         self._deadline_s = arrived_s + timeout_us / 1e6 if timeout_us else None
         self.request_id = request.request_id()
+        self.parameters = calls.parameters_of(request)
         self._arrived_s = arrived_s
-
-    def parameters(self) -> dict[str, Any]:
-        """Return the parameters that came with the request."""
-        return calls.parameters_of(self._request)
 
     def tensor(self, name: str) -> Any:
         """Return an input as the server's tensor, ready to be handed on."""
@@ -61,14 +58,20 @@ class Call:
             raise RefusedError("the request was cancelled", CANCELLED)
 
     def ask(
-        self, model: str, inputs: Mapping[str, np.ndarray] | Sequence[Any], outputs: Sequence[str], **parameters: str
+        self,
+        model: str,
+        inputs: Mapping[str, np.ndarray] | Sequence[Any],
+        outputs: Sequence[str],
+        **parameters: str | int,
     ) -> list[np.ndarray]:
-        """Return outputs of another model, with what is left of the request's time as its timeout.
+        """Return outputs of another model, which gets what is left of the request's time, and its priority.
 
         inputs: arrays by name, or the server's tensors. Raises InvalidRequestError, RefusedError or CalledModelError.
         """
         if isinstance(inputs, Mapping):
             inputs = [self._pb_utils.Tensor(name, value) for name, value in inputs.items()]
+        if PRIORITY in self.parameters:
+            parameters[PRIORITY] = self.parameters[PRIORITY]
         timeout_us = self._left_us()
         return ask(self._pb_utils, model, inputs, outputs, self.request_id, timeout_us, **parameters)
 
@@ -78,7 +81,7 @@ class Call:
             return 0
         left_us = int(1e6 * (self._deadline_s - time.monotonic()))
         if left_us <= 0:
-            raise RefusedError("the request's timeout has passed")
+            raise RefusedError("the request's deadline has passed", CANCELLED)
         return left_us
 
 
@@ -89,7 +92,7 @@ def ask(
     outputs: Sequence[str],
     request_id: str = "",
     timeout_us: int = 0,
-    **parameters: str,
+    **parameters: str | int,
 ) -> list[np.ndarray]:
     """Return outputs of another model. Raises InvalidRequestError, RefusedError or CalledModelError."""
     request = pb_utils.InferenceRequest(
@@ -139,7 +142,7 @@ class AnsweringModel(ABC):
             if self._places.acquire(blocking=False):
                 self._threads.submit(self._serve, request, sender, arrived_s)
             else:
-                self._counters.add("gr_refused_total")
+                self._counters.add("gr_rejected_total")
                 refused = RefusedError("too many requests are in flight; try again")
                 self._send(sender, calls.error_response(self.pb_utils, request, *calls.described(refused)))
         return [None] * len(requests)

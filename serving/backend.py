@@ -10,6 +10,7 @@ import time
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +29,8 @@ from serving.engine.model import Model
 from serving.engine_metrics import EngineMetrics
 
 PRIORITY = "gr_priority"
+# Sending an answer is a round trip to the server's process: the engine computes on meanwhile.
+NUM_SENDERS = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +85,7 @@ class EngineModel(ABC):
         model.warm_up()
         self._engine = Engine(model, own.limits())
         self._metrics = EngineMetrics(self.pb_utils, own.name, self._engine)
+        self._senders = ThreadPoolExecutor(NUM_SENDERS, thread_name_prefix="gr-sender")
         self._engine.start()
 
     def execute(self, requests: list[Any]) -> list[None]:
@@ -91,7 +95,7 @@ class EngineModel(ABC):
             sender = request.get_response_sender()
 
             def done(job: Job, outcome: Any, request: Any = request, sender: Any = sender) -> None:
-                self._answer(request, sender, job, outcome)
+                self._senders.submit(self._answer, request, sender, job, outcome)
 
             try:
                 arrays = {name: self._array(request, name) for name in self.inputs}
@@ -108,6 +112,7 @@ class EngineModel(ABC):
     def finalize(self) -> None:
         """Answer what is in the engine, then drop the cache with the model."""
         self._engine.close()
+        self._senders.shutdown()
         self._metrics.close()
         del self._engine
 
@@ -138,12 +143,17 @@ class EngineModel(ABC):
         return values
 
     def _answer(self, request: Any, sender: Any, job: Job, outcome: Any) -> None:
-        if isinstance(outcome, Exception):
-            self._send(sender, self._failure(request, outcome))
-            return
-        tensors = [self.pb_utils.Tensor(name, value) for name, value in self.encode(outcome).items()]
-        self._send(sender, self.pb_utils.InferenceResponse(output_tensors=tensors))
-        self._metrics.observe(job)
+        try:
+            if isinstance(outcome, Exception):
+                raise outcome
+            tensors = [self.pb_utils.Tensor(name, value) for name, value in self.encode(outcome).items()]
+            response = self.pb_utils.InferenceResponse(output_tensors=tensors)
+        except Exception as error:
+            # The process boundary, in a thread of its own: what is raised here nobody would hear of.
+            response = self._failure(request, error)
+        else:
+            self._metrics.observe(job)
+        self._send(sender, response)
 
     def _failure(self, request: Any, error: Exception) -> Any:
         message, code = calls.described(error)

@@ -14,6 +14,9 @@ from serving.engine.requests import InvalidRequestError
 CODED = "gr_coded"
 INVALID_ARGUMENT, UNAVAILABLE, CANCELLED, INTERNAL = "INVALID_ARGUMENT", "UNAVAILABLE", "CANCELLED", "INTERNAL"
 INTERNAL_TEXT = "internal error"
+# Ids of the requests by which the platform looks whether a model answers and answers right: nobody was served.
+CANARY, GOLDEN = "gr-canary", "gr-golden"
+PROBES = (CANARY, GOLDEN)
 # gRPC's names of the codes -> those of the server's Python module.
 _SERVER_NAMES = {INVALID_ARGUMENT: "INVALID_ARG"}
 

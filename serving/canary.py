@@ -16,8 +16,8 @@ import tritonclient.grpc as grpcclient
 from tritonclient.grpc import model_config_pb2
 from tritonclient.utils import triton_to_np_dtype
 
-# Logs of answers leave these out; see `serving.served_log`.
-REQUEST_ID = "gr-canary"
+from serving import calls
+
 # Before all others, so that a long queue does not look like a dead model.
 _FIRST = {"gr_priority": 0}
 _STATISTICS_S = 2.0
@@ -60,7 +60,7 @@ def check(client: grpcclient.InferenceServerClient, model: str, deadline_s: floa
         client.infer(
             model,
             inputs_for(config),
-            request_id=REQUEST_ID,
+            request_id=calls.CANARY,
             client_timeout=deadline_s,
             timeout=int(1e6 * deadline_s),
             parameters=dict(_FIRST),

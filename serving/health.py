@@ -31,7 +31,10 @@ class ModelHealth:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Health:
-    """state: serving, degraded (a model does not answer), unreachable, restarting or failed. reason: of the last act."""
+    """The server as a whole; reason and acted_at: of what was last done to it.
+
+    state: serving, degraded (a model does not answer), unreachable, restarting, failed (given up).
+    """
 
     state: str
     checked_at: float

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from gr_platform import serving_state, settings
-from serving import wire
+from serving import calls, wire
 from serving.answering import Answer, AnsweringModel, Call, ask
 from serving.engine.requests import MAX_CANDIDATES, InvalidRequestError, check_retrieve
 from serving.served_log import LogBounds, ServedLog
@@ -72,7 +72,7 @@ class RecommenderModel(AnsweringModel):
 
         return Answer(
             outputs={"ITEMS": chosen, "SCORES": chosen_scores, "CACHED_TOKENS": found + reused},
-            afterwards=afterwards if self._log else None,
+            afterwards=afterwards if self._log and call.request_id not in calls.PROBES else None,
         )
 
     def close(self) -> None:
@@ -197,7 +197,7 @@ def _open_log(parameters: Mapping[str, str]) -> ServedLog | None:
 
 def _user_of(call: Call) -> str | None:
     """Return the user that a request names in its parameter `user`. Raises InvalidRequestError for anything odd."""
-    user = call.parameters().get("user")
+    user = call.parameters.get("user")
     if user is None:
         return None
     if not isinstance(user, str | int) or isinstance(user, bool) or len(str(user)) > wire.MAX_ID_BYTES:

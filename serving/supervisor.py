@@ -55,7 +55,11 @@ class Supervisor:
         """Watch until `stop`. Raises UserError when the server does not stay up."""
         try:
             while not self._stop.is_set():
-                self.tick()
+                try:
+                    self.tick()
+                except OSError as error:
+                    # A full disk or a file that goes while it is read: the server is better watched than left alone.
+                    log.error("event=not_looked_at reason=%r", error)
                 self._stop.wait(self._policy.interval_s)
         finally:
             self._pool.shutdown(cancel_futures=True)
@@ -92,6 +96,8 @@ class Supervisor:
 
     def _undo_killed_deployment(self) -> bool:
         """Return whether there was one to undo: then the models are looked at next time."""
+        if not (self._home / swap.JOURNAL).exists():
+            return False
         with self._alone() as alone:
             if not alone or time.monotonic() < self._quiet_until:
                 return False
@@ -121,10 +127,11 @@ class Supervisor:
     def _wanted(self) -> Mapping[str, Mapping[str, str] | None]:
         """Return the models to watch, in the order in which they are mended, with what they should be served with."""
         folder = repository.current(self._home)
-        if folder is None or not (models := repository.ensure_repository(self._home)):
+        models = swap.in_swap_order(swap.models_in(folder)) if folder is not None else ()
+        if folder is None or not models:
             # An external server may have a repository of its own.
             return dict.fromkeys(swap.known(self._client) if self._server is None else ())
-        return {model: verification.wanted_parameters(folder, model) for model in swap.in_swap_order(models)}
+        return {model: verification.wanted_parameters(folder, model) for model in models}
 
     def _heal(self, model: str, reason: str) -> None:
         with self._alone() as alone:
@@ -176,7 +183,7 @@ class Supervisor:
                 self._start_again()
                 return
             except (UserError, OSError) as error:
-                reason = sentence_for(error) or f"{type(error).__name__} {error.strerror}"  # type: ignore[union-attr]
+                reason = sentence_for(error) or type(error).__name__
 
     def _start_again(self) -> None:
         assert self._server is not None

@@ -28,7 +28,7 @@ WAIT_S = 300.0
 # The ranker goes first: the vocabulary only grows, so a new ranker knows every item that the old retriever returns,
 # while an old ranker would score the new retriever's new items as unknown. Back goes the other way round.
 SWAP_ORDER = ("gr_ranker", "gr_retriever", "gr_recommender")
-_JOURNAL = "serving/deploying.json"
+JOURNAL = "serving/deploying.json"
 
 
 def in_swap_order(models: Iterable[str]) -> tuple[str, ...]:
@@ -120,13 +120,13 @@ def undo_interrupted(home: Path) -> bool:
 
     The caller holds the lock, so no deployment is under way. Raises UserError if the server does not take it back.
     """
-    journal = home / _JOURNAL
+    journal = home / JOURNAL
     try:
         before = home / storage.read_object(journal)["previous"]
     except FileNotFoundError:
         return False
     except (ValueError, KeyError):
-        raise UserError(f"$GR_HOME/{_JOURNAL} is damaged; delete it and deploy again") from None
+        raise UserError(f"$GR_HOME/{JOURNAL} is damaged; delete it and deploy again") from None
     log.warning("event=deployment_undone folder=%s reason=it_was_killed", before.name)
     if before.is_dir():
         _roll_back(home, before, ())
@@ -140,7 +140,7 @@ def _all_or_nothing(home: Path, swapped: list[str]) -> Iterator[None]:
     repository.ensure_repository(home)
     before = repository.current(home)
     assert before is not None
-    storage.write_text(home / _JOURNAL, json.dumps({"previous": str(before.relative_to(home))}) + "\n")
+    storage.write_text(home / JOURNAL, json.dumps({"previous": os.readlink(home / repository.LINK)}) + "\n")
     try:
         yield
     except BaseException as error:
@@ -149,13 +149,13 @@ def _all_or_nothing(home: Path, swapped: list[str]) -> Iterator[None]:
             _roll_back(home, before, swapped)
         except UserError as second:
             raise UserError(f"{sentence_for(error) or 'the deployment failed'}; {second}") from error
-        (home / _JOURNAL).unlink()
+        (home / JOURNAL).unlink()
         raise
-    (home / _JOURNAL).unlink()
+    (home / JOURNAL).unlink()
 
 
 def _swap(handle: ServerHandle, folder: Path, swapped: list[str], timeout_s: float) -> None:
-    models = in_swap_order(repository.ensure_repository(handle.home))
+    models = in_swap_order(models_in(folder))
     for model in models:
         load(handle, model, timeout_s)
         swapped.append(model)
@@ -173,7 +173,7 @@ def _roll_back(home: Path, before: Path, swapped: Iterable[str]) -> None:
     if handle is None:
         return
     failed = []
-    models = repository.ensure_repository(home)
+    models = models_in(before)
     with handle.connect() as client:
         for model in reversed(in_swap_order({*models, *known(client)})):
             try:
@@ -185,6 +185,11 @@ def _roll_back(home: Path, before: Path, swapped: Iterable[str]) -> None:
                 failed.append(str(error))
     if failed:
         raise UserError(f"and those before did not come back yet ({failed[0]}); a running gr serve goes on trying")
+
+
+def models_in(folder: Path) -> tuple[str, ...]:
+    """Return those of our models that a repository folder holds."""
+    return tuple(m for m in (*repository.MODELS, repository.SHADOW) if (folder / m / "config.pbtxt").is_file())
 
 
 def serves(client: grpcclient.InferenceServerClient, folder: Path, model: str) -> bool:

@@ -19,11 +19,10 @@ from gr_platform.bundle.verify import TOLERANCE
 from gr_platform.errors import UserError
 from gr_platform.events.declaration import Declaration
 from gr_platform.sequences.vocabulary import Vocabulary
-from serving import canary, client_tensors
+from serving import calls, canary, client_tensors
 from serving.client_tensors import Answer, CallOptions
 from serving.engine.requests import History
 
-REQUEST_ID = "gr-golden"
 DEADLINE_S = 30.0
 # Asked of the retriever: the best of the catalogue, among which a small one's golden candidates are.
 _DEPTH = 1000
@@ -73,8 +72,8 @@ def _ask_golden(client: grpcclient.InferenceServerClient, model: str, bundle: Pa
     worst, allowed = float(np.max(errors)), TOLERANCE * float(np.max(references))
     if not worst <= allowed:
         raise UserError(
-            f"{model} answers the golden requests of its bundle with other scores (off by {worst:.2g}, {allowed:.2g} is "
-            "allowed)"
+            f"{model} answers the golden requests of its bundle with other scores, off by {worst:.2g} where "
+            f"{allowed:.2g} is allowed"
         )
 
 
@@ -101,7 +100,7 @@ class _Judge:
             call = client_tensors.score(history, candidates, request.request_time, id_type=id_type)
         else:
             call = client_tensors.ranked_list(model, history, _DEPTH, request.request_time, (), id_type=id_type)
-        arguments = replace(call, model=model).arguments(CallOptions(request_id=REQUEST_ID), DEADLINE_S)
+        arguments = replace(call, model=model).arguments(CallOptions(request_id=calls.GOLDEN), DEADLINE_S)
         try:
             answer = call.answer(client.infer(**arguments))
         except grpcclient.InferenceServerException as failed:

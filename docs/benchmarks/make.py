@@ -18,9 +18,12 @@ PAGES = (HERE / "README.md", HERE.parent / "kernels.md")
 BLOCK = re.compile(r"(<!-- (\w+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
 PLOT = HERE.parent / "images" / "attention_lengths.png"
 ENCODERS_PLOT = HERE.parent / "images" / "encoder_lengths.png"
+SERVING_PLOT = HERE.parent / "images" / "serving_load.png"
 SIZES_PLOT = HERE.parent / "images" / "ingest_sizes.png"
 # Benchmarks that are run once a size: `ingest.json` on a page stands for ingest_1m.json, ingest_10m.json, ...
 BY_SIZE = ("ingest.json",)
+# Shares of the offered requests that get no answer.
+LOST = ("rejected", "given up at the deadline", "failed")
 TIMED = re.compile(r"(forward|backward), (.+), (\d+ users) of (\d+)")
 Row = dict[str, Any]
 
@@ -107,6 +110,14 @@ def by_length(rows: list[Row]) -> str:
     )
 
 
+def by_load(rows: list[Row]) -> str:
+    """Return the rows that are of no load, one line each, then one line a figure with one column a load."""
+    loads = [row | {"at": f"{row['load']} %"} for row in rows if "load" in row]
+    others = [row for row in rows if "load" not in row]
+    across = _crosswise(loads, {"what": "of saturation", "unit": "unit"}, "at", lambda row: _value(row["value"]))
+    return f"{measured(others)}\n\n{across}" if others else across
+
+
 def _value(value: float | None) -> str:
     if value is None:
         return ""
@@ -122,6 +133,8 @@ def table(rows: list[Row]) -> str:
     first = rows[0]
     kinds = {"arch": compiled, "gpu": predicted, "num_events": by_size, "variant": by_length}
     made = next((kinds[key] for key in kinds if key in first), measured)
+    if any("load" in row for row in rows):
+        made = by_load
     where = "" if made is predicted else f"Machine: {first['machine']}; {first['date']}.\n\n"
     return f"{where}{made(rows)}\n"
 
@@ -232,7 +245,48 @@ def encoders_plot(rows: list[Row]) -> bytes:
     return stream.getvalue()
 
 
+def serving_plot(rows: list[Row]) -> bytes:
+    """Return latency, goodput, cache hits and CPU against the offered load, as PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    loads = [row for row in rows if "load" in row]
+
+    def of(what: str) -> list[float]:
+        # NaN leaves a gap where nothing was answered.
+        return [float("nan") if row["value"] is None else row["value"] for row in loads if row["what"] == what]
+
+    goodput = next(row["what"] for row in loads if row["what"].startswith("goodput"))
+    offered = of("offered")
+    lost = {what: [x * share / 100 for x, share in zip(offered, of(what), strict=True)] for what in LOST}
+    panels: dict[str, dict[str, list[float]]] = {
+        "latency, ms": {f"p{percent}": of(f"latency, p{percent}") for percent in (50, 95, 99)},
+        "requests a second": {"offered": offered, goodput: of(goodput), **lost},
+        "cache hits, % of history tokens": {"by answers": of("cache hits by CACHED_TOKENS")},
+        "CPU, cores": {"server": of("server CPU"), "generator": of("generator CPU")},
+    }
+    figure = Figure(figsize=(8.4, 6.0), dpi=64, layout="constrained")
+    FigureCanvasAgg(figure)
+    for axis, (title, lines) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
+        for (label, values), marker in zip(lines.items(), "osD^v", strict=False):
+            axis.plot(offered, values, marker=marker, label=label)
+        axis.set(title=title, xlabel="requests offered a second")
+        if title.startswith("latency"):
+            axis.set_yscale("log")
+            axis.yaxis.set_major_formatter("{x:g}")
+        else:
+            axis.set_ylim(0, 105 if title.startswith("cache") else None)
+        axis.grid(visible=True, alpha=0.3)
+        axis.legend()
+    stream = io.BytesIO()
+    figure.savefig(stream, format="png")
+    return stream.getvalue()
+
+
 if __name__ == "__main__":
+    served = rows_of("serving.json")
+    if any("load" in row for row in served):
+        SERVING_PLOT.write_bytes(serving_plot(served))
     if (HERE / "encoders.json").is_file():
         ENCODERS_PLOT.write_bytes(encoders_plot(rows_of("encoders.json")))
     SIZES_PLOT.write_bytes(sizes_plot(rows_of("ingest.json")))

@@ -23,7 +23,7 @@ BENCHES = {
     "memory": ("kernels.bench:memory", "what a layer keeps for its backward, against a Transformer layer"),
     "ingest": ("gr_platform.events.bench:run", "a log to sequences, stage by stage, against a bare sort (1 min)"),
     "reader": ("gr_platform.sequences.bench:run", "training batches a second from warm files (1 min)"),
-    "serving": ("serving.bench:run", "model server: time to ready, cold and cached requests, gRPC overhead (1 min)"),
+    "serving": ("serving.bench:run", "model server: the engine, gRPC, latency against load, swaps (8 min)"),
 }
 AOT_PROCESSES = 2
 MIN_EVENTS = 20_000

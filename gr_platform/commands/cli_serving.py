@@ -14,22 +14,30 @@ from gr_platform.commands.messages import say
 
 
 def serve(
-    grpc_port: options.GrpcPort = 8001, http_port: options.HttpPort = 8000, metrics_port: options.MetricsPort = 8002
+    grpc_port: options.GrpcPort = 8001,
+    http_port: options.HttpPort = 8000,
+    metrics_port: options.MetricsPort = 8002,
+    attach: options.Attach = None,
 ) -> None:
-    """Run the model server with the deployed pair until Ctrl-C; prints its addresses.
+    """Run the model server with the deployed pair until Ctrl-C, and keep it answering; prints its addresses.
 
-    Example: gr serve --grpc-port 9001
+    Examples: gr serve --grpc-port 9001 | gr serve --attach 10.0.0.7:8001
     """
-    from gr_platform.commands.foreground import serve_until_signal
+    from gr_platform.commands import foreground
     from serving.server import Ports
 
-    serve_until_signal(settings.home(), Ports(grpc=grpc_port, http=http_port, metrics=metrics_port), say)
+    ports = Ports(grpc=grpc_port, http=http_port, metrics=metrics_port)
+    if attach is None:
+        foreground.serve_until_signal(settings.home(), ports, say)
+    else:
+        foreground.watch_until_signal(settings.home(), attach, ports, say)
 
 
 def recommend(
     user: options.User,
     k: Annotated[int, typer.Option("-k", help="How many items.")] = 10,
     at: options.RequestTime = None,
+    server_history: options.ServerHistory = False,
 ) -> None:
     """Ask the running model server for the best items for a user.
 
@@ -39,7 +47,7 @@ def recommend(
     from gr_platform.commands.query import Asker
 
     with Asker(settings.home()) as asker:
-        answer = asker.recommend(user, k, at)
+        answer = asker.recommend(user, k, at, server_history=server_history)
         Console().print(display.answer_table(f"Top {k} for user {user}", answer, asker.tasks))
     say(f"{answer.milliseconds:.1f} ms, {answer.cached_tokens} tokens cached; {display.ORDER}")
 

@@ -1,40 +1,61 @@
-"""The model server in the foreground: what `gr serve` runs and `gr up` starts.
+"""The model server in the foreground, watched: what `gr serve` runs and `gr up` starts.
 
-Invariant: however it is told to end (Ctrl-C, SIGTERM), the server is stopped in order and nothing of it is left.
+Invariant: however it is told to end (Ctrl-C, SIGTERM), the server is stopped in order and nothing of it is left; one
+that it only watches runs on.
 """
 
 import signal
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
-from gr_platform.errors import UserError
+from gr_platform import settings
 
 if TYPE_CHECKING:
+    from serving.handle import ServerHandle
     from serving.server import Ports
 
-POLL_S = 0.5
+Say = Callable[[str], None]
 
 
-def serve_until_signal(home: Path, ports: "Ports", say: Callable[[str], None]) -> None:
-    """Start the model server, tell its addresses, and wait. Raises UserError if it fails or ends by itself."""
-    from serving.repository import ensure_repository
+def serve_until_signal(home: Path, ports: "Ports", say: Say) -> None:
+    """Start the model server, tell its addresses, and keep it answering. Raises UserError if it does not stay up."""
     from serving.server import EmbeddedServer
+    from serving.supervisor import Supervisor
+
+    signal.signal(signal.SIGTERM, _interrupt)
+    server = EmbeddedServer(home, ports=ports)
+    try:
+        with server as handle:
+            _introduce(handle, say)
+            say("Ctrl-C stops it")
+            Supervisor(handle, server).run()
+    except KeyboardInterrupt:
+        say("stopped")
+
+
+def watch_until_signal(home: Path, address: str, ports: "Ports", say: Say) -> None:
+    """Watch a model server that runs elsewhere; `address` is its gRPC endpoint. Raises UserError if it cannot begin."""
+    from serving.external import ExternalServer
+    from serving.supervisor import Supervisor
 
     signal.signal(signal.SIGTERM, _interrupt)
     try:
-        with EmbeddedServer(home, ports=ports) as handle:
-            say(f"gRPC     {handle.grpc_address}")
-            say(f"HTTP     http://{handle.http_address}")
-            say(f"metrics  http://{handle.metrics_address}/metrics")
-            say(f"models   {', '.join(ensure_repository(home)) or 'none yet: gr materialize deploys them here'}")
-            say("Ctrl-C stops it")
-            while handle.alive:
-                time.sleep(POLL_S)
-            raise UserError("the model server ended by itself; see $GR_HOME/logs/tritonserver.log")
+        with ExternalServer(home, address, ports, settings.server_admin_key()) as handle:
+            _introduce(handle, say)
+            say("Ctrl-C ends the watch, not the server")
+            Supervisor(handle, None).run()
     except KeyboardInterrupt:
-        say("stopped")
+        say("the server is no longer watched")
+
+
+def _introduce(handle: "ServerHandle", say: Say) -> None:
+    from serving.repository import ensure_repository
+
+    say(f"gRPC     {handle.grpc_address}")
+    say(f"HTTP     http://{handle.http_address}")
+    say(f"metrics  http://{handle.metrics_address}/metrics")
+    say(f"models   {', '.join(ensure_repository(handle.home)) or 'none yet: gr materialize deploys them here'}")
 
 
 def _interrupt(*_: object) -> NoReturn:

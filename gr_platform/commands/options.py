@@ -27,6 +27,8 @@ RUN = "A trained model: its folder, name in MLflow or first digits; retrieval_mo
 TRAINING_SEED = "Seed of weights and draws; default: the recipe's."
 SCALES = "smoke: the same on small simulated data, in minutes."
 RECIPE = "One of gr recipes, or a TOML file of yours (docs/models.md); auto picks one for the data set."
+ATTACH = "Watch the server at this gRPC address instead, which somebody else runs; its key: GR_SERVER_ADMIN_KEY."
+SERVER_HISTORY = "Ask by the user's id alone, for the history that the server has, at the time now."
 ITEMS = "Item ids, separated by commas (one with a comma in double quotes)."
 
 
@@ -62,6 +64,7 @@ Seed = Annotated[int, typer.Option(help="Same seed, same log.", min=0, max=MAX_S
 Forgotten = Annotated[str, typer.Option("--user", help="The user to erase.")]
 Yes = Annotated[bool, typer.Option("--yes", help="Do not ask.")]
 User = Annotated[str, typer.Option(help="A user of the served data set.")]
+ServerHistory = Annotated[bool, typer.Option("--server-history", help=SERVER_HISTORY)]
 Items = Annotated[str, typer.Option(help=ITEMS)]
 RequestTime = Annotated[int | None, typer.Option(help="Time of the request, ms UTC; default: that of the last event.")]
 Kind = Annotated[Literal["retrieval", "ranking", "both"], typer.Option(help="Which model.")]
@@ -81,5 +84,6 @@ ReportFile = Annotated[Path | None, typer.Option(help="Also write the report her
 GrpcPort = Annotated[int, typer.Option(help="Model server: gRPC.", min=1, max=MAX_PORT)]
 HttpPort = Annotated[int, typer.Option(help="Model server: HTTP.", min=1, max=MAX_PORT)]
 MetricsPort = Annotated[int, typer.Option(help="Model server: metrics.", min=1, max=MAX_PORT)]
+Attach = Annotated[str | None, typer.Option(metavar="HOST:PORT", help=ATTACH)]
 DagsterPort = Annotated[int, typer.Option(help="Dagster's UI.", min=1, max=MAX_PORT)]
 MlflowPort = Annotated[int, typer.Option(help="MLflow's UI.", min=1, max=MAX_PORT)]

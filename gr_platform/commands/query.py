@@ -61,8 +61,14 @@ class Asker:
     def __exit__(self, *_: object) -> None:
         self._client.close()
 
-    def recommend(self, user: int | str, k: int, at: int | None = None) -> UserAnswer:
-        """Return the best `k` items for a user at time `at` (ms; default: the time of the last event)."""
+    def recommend(self, user: int | str, k: int, at: int | None = None, *, server_history: bool = False) -> UserAnswer:
+        """Return the best `k` items for a user at time `at` (ms; default: the time of the last event).
+
+        server_history: by the history that the server has of the user, which need not be in the sequences yet; the
+        default of `at` is then the time now.
+        """
+        if server_history:
+            return self._recommend_by_id(user, k, at)
         history, last = self._history(user)
         started = time.perf_counter()
         answer = self._client.recommend(history, k=k, request_time=last if at is None else at)
@@ -82,6 +88,14 @@ class Asker:
         ]
         return replace(listed, lines=lines)
 
+    def _recommend_by_id(self, user: int | str, k: int, at: int | None) -> UserAnswer:
+        declaration = self.dataset.declaration
+        known = str(user) if declaration.user_id_type == "string" else _integer_id(str(user), declaration.name, "user")
+        request_time = time.time_ns() // 1_000_000 if at is None else at
+        started = time.perf_counter()
+        answer = self._client.recommend_user(known, k=k, request_time=request_time)
+        return self._listed(answer, time.perf_counter() - started)
+
     def _history(self, user: int | str) -> "tuple[History, int]":
         from serving.client import History
 
@@ -97,7 +111,7 @@ class Asker:
             raise UserError("no item is named; give at least one, for example --items 17,4,99")
         if self.dataset.declaration.item_id_type == "string":
             return items
-        return [_integer_id(item, self.dataset.declaration.name) for item in items]
+        return [_integer_id(item, self.dataset.declaration.name, "item") for item in items]
 
     def _listed(self, answer: "Answer", seconds: float) -> UserAnswer:
         lines = [
@@ -114,11 +128,11 @@ def split_ids(text: str) -> list[str]:
     return [item for item in next(csv.reader([text], skipinitialspace=True), []) if item]
 
 
-def _integer_id(text: str, ds: str) -> int:
+def _integer_id(text: str, ds: str, what: str) -> int:
     try:
-        item = int(text)
+        found = int(text)
     except ValueError:
-        raise UserError(f"item {text!r} is not an integer, but the items of {ds} are") from None
-    if not -(1 << 63) <= item < 1 << 63:
-        raise UserError(f"item {text} is beyond 64 bits, so {ds} has no such item")
-    return item
+        raise UserError(f"{what} {text!r} is not an integer, but the {what}s of {ds} are") from None
+    if not -(1 << 63) <= found < 1 << 63:
+        raise UserError(f"{what} {text} is beyond 64 bits, so {ds} has no such {what}")
+    return found

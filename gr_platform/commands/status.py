@@ -3,14 +3,18 @@
 Invariant: reading only; a state folder with nothing in it is a valid answer.
 """
 
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from gr_platform import storage
 from gr_platform.commands import services
 from gr_platform.commands.messages import pasteable, spelt_out
 from gr_platform.errors import UserError
+
+if TYPE_CHECKING:
+    from serving.health import Health
 
 
 def report(home: Path) -> Iterator[str]:
@@ -91,10 +95,39 @@ def _running(home: Path) -> Iterator[str]:
     if server is None:
         yield "model server  not running"
     else:
-        yield f"model server  gRPC {server.grpc_address}, http://{server.http_address}, serves {_served(home)}"
+        whose = " (external)" if server.external else ""
+        yield f"model server  gRPC {server.grpc_address}, http://{server.http_address}, serves {_served(home)}{whose}"
+    yield from _health(home, is_running=server is not None)
     for service in services.running_services(home):
         if service.name != services.MODEL_SERVER:
             yield f"{service.name}  {service.address or 'running'}"
+
+
+def _health(home: Path, *, is_running: bool) -> Iterator[str]:
+    """Yield what the supervisor last saw and did."""
+    from serving import health
+
+    seen = health.read(home)
+    if seen is None or (seen.stale and not is_running and seen.state != "failed"):
+        return
+    if seen.stale and seen.state != "failed":
+        yield f"  health       nobody has looked for {_ago(time.time() - seen.checked_at)}; run gr serve again"
+        return
+    yield f"  health       {seen.state}, looked at {_ago(time.time() - seen.checked_at)} ago{_acts(seen)}"
+    for model, each in seen.models.items():
+        if each.outcome == "answers":
+            yield f"  {model}  answers in {each.milliseconds:.1f} ms"
+        else:
+            last = f"answered {_ago(time.time() - each.answered_at)} ago" if each.answered_at else "never answered yet"
+            yield f"  {model}  {each.outcome}, {last}"
+
+
+def _acts(seen: "Health") -> str:
+    """Return what the supervisor had to do, as the end of a sentence."""
+    if not seen.acted_at:
+        return ""
+    counts = f"{seen.num_reloads} models loaded again, {seen.num_restarts} restarts"
+    return f"; {counts}, last {_ago(time.time() - seen.acted_at)} ago: {seen.reason}"
 
 
 def _served(home: Path) -> str:

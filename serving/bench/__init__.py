@@ -12,9 +12,9 @@ def run(num_threads: int) -> list[dict[str, Any]]:
 
     Raises UserError if a server or a tool does not do its part.
     """
-    from serving.bench import speed
+    from serving.bench import speed, wire
 
-    return [*speed.run(num_threads), *traffic(num_threads)]
+    return [*speed.run(num_threads), *wire.rows(num_threads), *traffic(num_threads)]
 
 
 def traffic(num_threads: int) -> list[dict[str, Any]]:

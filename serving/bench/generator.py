@@ -85,7 +85,7 @@ class Plan:
             name: tuple(value) if isinstance(value, list) else value for name, value in fields.pop("traffic").items()
         }
         phases = tuple(Phase(**phase) for phase in fields.pop("phases"))
-        return Plan(traffic=Traffic(**traffic), phases=phases, **fields)
+        return Plan(traffic=Traffic(**traffic), phases=phases, probes=tuple(fields.pop("probes")), **fields)
 
 
 class Generator:
@@ -111,8 +111,8 @@ class Generator:
         for number, phase in enumerate(self._plan.phases):
             if self._stopped.is_set():
                 break
-            started()
             before = await self._usage()
+            started()
             began, count = time.monotonic(), len(self._records)
             if phase.callers:
                 await self._closed(number, phase)

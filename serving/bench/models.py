@@ -17,7 +17,7 @@ from gr_platform import storage
 from gr_platform.bundle import export
 from gr_platform.events.declaration import Declaration
 from gr_platform.models.build import build_model
-from gr_platform.models.config import Kind, ModelConfig
+from gr_platform.models.config import ModelConfig
 from gr_platform.sequences.vocabulary import NUM_OOV
 
 FIRST_ID = 1000
@@ -43,10 +43,10 @@ def speed_table(max_events: int) -> ModelConfig:
 
 def write_pair(parent: Path, config: ModelConfig, *, num_items: int, seed: int) -> Pair:
     """Return a pair of bundles under `parent`, both of `config`'s shape; items have the ids FIRST_ID and on."""
-    folders = {kind: parent / f"{kind}-{seed}" for kind in ("retrieval", "ranking")}
-    for kind, folder in folders.items():
-        write_bundle(folder, replace(config, kind=kind), num_items=num_items, seed=seed)
-    return Pair(**folders)
+    pair = Pair(retrieval=parent / f"retrieval-{seed}", ranking=parent / f"ranking-{seed}")
+    write_bundle(pair.retrieval, replace(config, kind="retrieval"), num_items=num_items, seed=seed)
+    write_bundle(pair.ranking, replace(config, kind="ranking"), num_items=num_items, seed=seed)
+    return pair
 
 
 def write_bundle(folder: Path, config: ModelConfig, *, num_items: int, seed: int) -> None:
@@ -54,7 +54,6 @@ def write_bundle(folder: Path, config: ModelConfig, *, num_items: int, seed: int
     folder.mkdir(parents=True)
     source = folder.with_name(f".{folder.name}-source")
     source.mkdir()
-    kind: Kind = config.kind
     declaration = Declaration(
         name="benchmark", actions=ACTIONS, tasks={name: (name,) for name in ACTIONS[1:]}, positives=ACTIONS
     )
@@ -76,7 +75,7 @@ def write_bundle(folder: Path, config: ModelConfig, *, num_items: int, seed: int
         recipe="benchmark",
         metrics={},
     )
-    storage.write_manifest(folder, kind=kind, spec={"seed": seed}, facts=facts)
+    storage.write_manifest(folder, kind=config.kind, spec={"seed": seed}, facts=facts)
 
 
 def _write_vocabulary(path: Path, num_items: int) -> None:

@@ -1,127 +1,138 @@
-"""What the deployed pair costs over gRPC on this machine: start, cold and cached requests, the wire, many callers.
+"""The speed table of the engine, in process: what caching, deltas and M-FALCON save, and how cost grows.
 
-Invariant: histories are made up (seeded), so a figure says nothing about a person; each is compared within one run.
+Invariant: both sides of a ratio run in one process on the same threads, "uncached" being our own best path: the last
+layer of a history gives K/V alone, and the same code scores. A figure is the least time of several calls.
+
+Legend: n tokens of history, m candidates.
 """
 
-import statistics
+import tempfile
 import time
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
-from gr_platform import settings
-from gr_platform.bundle.load import Bundle, load
-from gr_platform.errors import UserError
-from serving import repository
-from serving.client import Client, History
+from gr_platform.bundle.load import load
+from gr_platform.models.config import ModelConfig
+from serving.bench import models
+from serving.engine.engine import Engine, Limits
 from serving.engine.ranker import Ranker
-from serving.engine.requests import RankRequest
-from serving.server import EmbeddedServer, attach
+from serving.engine.requests import History, RankRequest
 
-NUM_CANDIDATES = 512
-NUM_REQUESTS = 30
-# Recommendations under load: callers who each wait for their answer before they ask again.
-NUM_CALLERS, CALLS_EACH = 16, 40
+Row = dict[str, Any]
+NUM_ITEMS = 10_000
+MAX_EVENTS = 2_048
+CACHE_BYTES = 1 << 30
 START_MS = 1_577_836_800_000
+DOUBLED_M = (256, 512, 1_024, 2_048, 4_096, 8_192)
+DOUBLED_N = (256, 512, 1_024, 2_048, 4_096)
+# So long a step that a prefill is never cut: the best that the uncached side can do.
+LIMITS = Limits(step_tokens=1 << 20)
 
 
-def run(num_threads: int) -> list[dict[str, Any]]:
-    """Return rows {name, value, unit, against, target}. Raises UserError if no pair is deployed or a server runs."""
-    home = settings.home()
-    folder = repository.current(home)
-    if folder is None or not (folder / "gr_ranker").is_dir():
-        raise UserError("no pair is deployed, so there is nothing to measure; run gr demo first")
-    if attach(home) is not None:
-        raise UserError("a model server runs already and would share the cores; stop it (gr down) and run again")
-    bundle = load(folder / "gr_ranker" / "1" / "bundle")
-    began = time.perf_counter()
-    with EmbeddedServer(home) as handle:
-        ready_s = time.perf_counter() - began
-        with Client(handle.grpc_address, deadline_s=30.0) as client:
-            cold, cached = _over_grpc(client, bundle)
-            seconds, waits = _recommendations(client, bundle)
-    in_process = _in_process(bundle, num_threads)
-    num_events = bundle.config.max_events
-    label = f"n {num_events}, m {NUM_CANDIDATES}"
-    return [
-        {"name": "server ready", "value": ready_s, "unit": "s", "against": None, "target": 15.0, "at_most": True},
-        _row(f"cold request, {label}", cold, "ms", None, None),
-        _row(f"cached request, {label}", cached, "ms", None, None),
-        _row(f"cold / cached, {label}", cold / cached, "x", "same run", None),
-        _row(f"gRPC round trip / engine call, cached, {label}", cached / in_process, "x", "same engine", 1.15) | {
-            "at_most": True
-        },
-        _row(f"recommendations, {NUM_CALLERS} callers", len(waits) / seconds, "1/s", None, None),
-        _row(f"recommendation, {NUM_CALLERS} callers, p50", float(np.quantile(waits, 0.5)), "ms", None, None),
-        _row(f"recommendation, {NUM_CALLERS} callers, p99", float(np.quantile(waits, 0.99)), "ms", None, None),
-    ]  # fmt: skip
+def run(num_threads: int) -> list[Row]:
+    """Return the rows of the speed table that need no server."""
+    with engines(models.speed_table(MAX_EVENTS), num_threads) as (cached, uncached):
+        return [*_ratios(cached, uncached), _of_peak(cached), *_growth(cached)]
 
 
-def _row(name: str, value: float, unit: str, against: str | None, target: float | None) -> dict[str, Any]:
-    return {"name": name, "value": value, "unit": unit, "against": against, "target": target}
+@contextmanager
+def engines(config: ModelConfig, num_threads: int) -> Iterator[tuple[Engine, Engine]]:
+    """Yield two engines of one random ranking bundle, warmed up: with a cache, and with none."""
+    with tempfile.TemporaryDirectory(prefix="gr-bench-") as folder:
+        bundle_folder = Path(folder) / "ranking"
+        models.write_bundle(bundle_folder, replace(config, kind="ranking"), num_items=NUM_ITEMS, seed=1)
+        bundle = load(bundle_folder)
+        made = []
+        for cache_bytes in (CACHE_BYTES, 0):
+            model = Ranker(bundle, cache_bytes=cache_bytes, num_threads=num_threads)
+            model.warm_up()
+            made.append(Engine(model, LIMITS))
+        yield made[0], made[1]
 
 
-def _history(bundle: Bundle, seed: int) -> tuple[History, np.ndarray, int]:
+def request(num_tokens: int, num_candidates: int, *, seed: int = 0, num_more: int = 0) -> RankRequest:
+    """Return a made-up request with a history of about `num_tokens` tokens, and `num_more` events after them."""
     rng = np.random.default_rng(seed)
-    num_events = bundle.config.max_events
-    ids = bundle.vocabulary.item_ids
-    times = START_MS + np.cumsum(rng.integers(1_000, 10_000_000, num_events + 1))
-    history = History(
-        items=rng.choice(ids, num_events),
-        actions=np.ones(num_events, np.int64),
-        times=times[:-1],
+    most = 1 + MAX_EVENTS + num_more
+    items, times = rng.integers(0, NUM_ITEMS, most), START_MS + np.cumsum(rng.integers(1_000, 10_000_000, most))
+    num_events = (num_tokens - 1) // 2 + num_more
+    return RankRequest(
+        history=History(
+            items=models.FIRST_ID + items[:num_events],
+            actions=np.ones(num_events, np.int64),
+            times=times[:num_events],
+        ),
+        candidates=models.FIRST_ID + rng.integers(0, NUM_ITEMS, num_candidates),
+        request_time=int(times[num_events]),
     )
-    return history, rng.choice(ids, NUM_CANDIDATES), int(times[-1])
 
 
-def _median_ms(calls: list[Callable[[], Any]]) -> float:
-    milliseconds = []
-    for call in calls:
+def least_seconds(call: Callable[[], object], *, num_calls: int = 7) -> float:
+    """Return the least time of some calls, after one that pays for what is made once."""
+    call()
+    seconds = []
+    for _ in range(num_calls):
         began = time.perf_counter()
         call()
-        milliseconds.append(1e3 * (time.perf_counter() - began))
-    return statistics.median(milliseconds)
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)
 
 
-def _over_grpc(client: Client, bundle: Bundle) -> tuple[float, float]:
-    """Return median ms of the first request of NUM_REQUESTS users, and of the same requests again."""
-
-    def ask(seed: int) -> Callable[[], Any]:
-        history, candidates, at = _history(bundle, seed)
-        return lambda: client.score(history, candidates, request_time=at)
-
-    calls = [ask(seed) for seed in range(NUM_REQUESTS)]
-    return _median_ms(calls), _median_ms(calls)
-
-
-def _recommendations(client: Client, bundle: Bundle) -> tuple[float, list[float]]:
-    """Return the seconds that all callers together took, and the ms that each recommendation was waited for."""
-
-    def ask(number: int) -> float:
-        history, _, at = _history(bundle, number % NUM_REQUESTS)
-        began = time.perf_counter()
-        client.recommend(history, k=10, request_time=at)
-        return 1e3 * (time.perf_counter() - began)
-
-    began = time.perf_counter()
-    with ThreadPoolExecutor(NUM_CALLERS) as pool:
-        waits = list(pool.map(ask, range(NUM_CALLERS * CALLS_EACH)))
-    return time.perf_counter() - began, waits
+def _ratios(cached: Engine, uncached: Engine) -> list[Row]:
+    rows = []
+    for n, m, target in ((2_048, 256, 3.5), (1_024, 256, 2.3)):
+        whole, rest = (least_seconds(partial(engine.ask, request(n, m))) for engine in (uncached, cached))
+        against = f"{1e3 * whole:.1f} ms and {1e3 * rest:.1f} ms"
+        rows.append(row(f"uncached / cached, n {n:,}, m {m}", whole / rest, "x", against, target))
+    whole = least_seconds(lambda: uncached.ask(request(1_024, 256)))
+    cached.ask(request(1_024, 256, seed=9))
+    grown = iter(range(1, 100))
+    delta = least_seconds(lambda: cached.ask(request(1_024, 256, seed=9, num_more=next(grown))))
+    name = "full prefill + 256 / delta of 1 event + 256, n 1,024"
+    rows.append(row(name, whole / delta, "x", f"{1e3 * whole:.1f} ms and {1e3 * delta:.1f} ms", 2.3))
+    one = least_seconds(lambda: uncached.ask(request(512, 1)))
+    all_at_once = least_seconds(lambda: cached.ask(request(512, 1_024)))
+    name = "full forward one candidate at a time / cached M-FALCON, n 512, m 1,024"
+    against = f"1,024 x {1e3 * one:.1f} ms and {1e3 * all_at_once:.1f} ms"
+    return [*rows, row(name, 1_024 * one / all_at_once, "x", against, 100)]
 
 
-def _in_process(bundle: Bundle, num_threads: int) -> float:
-    """Return median ms of the cached requests by the engine alone."""
-    ranker = Ranker(bundle, cache_bytes=256 << 20, num_threads=num_threads)
-    ranker.warm_up()
+def _of_peak(cached: Engine) -> Row:
+    n = m = 1_024
+    a = torch.randn(1_024, 1_024)
+    peak = 2 * 1_024**3 / least_seconds(lambda: a @ a, num_calls=30)
+    reached = num_flops(cached.model.bundle.config, n, m) / least_seconds(lambda: cached.ask(request(n, m)))
+    against = f"torch.mm {peak / 1e9:.0f} GFLOP/s"
+    return row("cached scoring, share of `torch.mm` peak, n 1,024, m 1,024", 100 * reached / peak, "%", against, 40)
 
-    def ask(seed: int) -> Callable[[], Any]:
-        history, candidates, at = _history(bundle, seed)
-        request = RankRequest(history=history, candidates=candidates, request_time=at)
-        return lambda: ranker.score(request)
 
-    calls = [ask(seed) for seed in range(NUM_REQUESTS)]
-    for call in calls:
-        call()
-    return _median_ms(calls)
+def num_flops(config: ModelConfig, n: int, m: int) -> float:
+    """Return the useful floating point operations of scoring m candidates against n cached tokens with HSTU."""
+    width = config.num_heads * (config.qk_dim + config.v_dim)
+    products = 2 * config.embedding_dim * 2 * width + 2 * config.num_heads * config.v_dim * config.embedding_dim
+    return float(m * config.num_layers * (products + 2 * n * width))
+
+
+def _growth(cached: Engine) -> list[Row]:
+    by_m = [least_seconds(partial(cached.ask, request(512, m))) for m in DOUBLED_M]
+    by_n = [least_seconds(partial(cached.ask, request(n, 256))) for n in DOUBLED_N]
+    rows, worst = [], 0.0
+    for letter, sizes, seconds in (("m", DOUBLED_M, by_m), ("n", DOUBLED_N, by_n)):
+        for size, once, twice in zip(sizes[1:], seconds, seconds[1:], strict=False):
+            worst = max(worst, twice / once)
+            name = f"T({letter} = {size:,}) / T({letter} = {size // 2:,}), cached"
+            rows.append(row(name, twice / once, "x", f"{1e3 * twice:.1f} ms and {1e3 * once:.1f} ms", None))
+    name = "T(2x) / T(x), each doubling of m from 256 to 8,192 and of n from 256 to 4,096, cached"
+    return [row(name, worst, "x", "the worst of those below", 2.2) | {"at_most": True}, *rows]
+
+
+def row(name: str, value: float | None, unit: str, against: str | None, target: float | None) -> Row:
+    """Return a row of the benchmark's table."""
+    return {"name": name, "value": value, "unit": unit, "against": against, "target": target}

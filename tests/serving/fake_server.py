@@ -53,14 +53,22 @@ class InferenceResponse:
 class Request:
     """A request of a caller: what it asks, and the answer once it was sent."""
 
-    def __init__(self, inputs: Mapping[str, np.ndarray], *, timeout_us: int = 0, **parameters: Any) -> None:
+    def __init__(
+        self,
+        inputs: Mapping[str, np.ndarray],
+        *,
+        timeout_us: int = 0,
+        request_id: str = "request 1",
+        **parameters: Any,
+    ) -> None:
         self.inputs, self._timeout_us, self._parameters = inputs, timeout_us, parameters
+        self._request_id = request_id
         self.cancelled = False
         self._sent = threading.Event()
         self.num_answers = 0
 
     def request_id(self) -> str:
-        return "request 1"
+        return self._request_id
 
     def timeout(self) -> int:
         return self._timeout_us

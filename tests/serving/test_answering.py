@@ -103,7 +103,7 @@ def test_more_than_may_be_in_flight_are_refused_at_once_and_room_is_given_back(s
     model.execute(requests)
     for refused in requests[3:]:
         assert refused.refusal() == ("too many requests are in flight; try again", "UNAVAILABLE")
-    assert model.pb_utils.counters["gr_refused_total"] == 2
+    assert model.pb_utils.counters["gr_rejected_total"] == 2
     go.set()
     assert [request.answer().outputs["Y"][0, 0] for request in requests[:3]] == [0, 2, 4]
     for number in range(20):
@@ -168,12 +168,27 @@ def test_a_calls_timeout_is_what_is_left_and_a_request_whose_time_has_passed_mak
         request = asking(timeout_us=timeout_us)
         model.execute([request])
         if timeout_us == 50_000:
-            assert request.refusal() == ("the request's timeout has passed", "UNAVAILABLE")
+            assert request.refusal() == ("the request's deadline has passed", "CANCELLED")
             assert len(timeouts) == 1
         else:
             assert request.answer().outputs["Y"].tolist() == [[1]]
             assert made in (None, timeouts)
     assert 0 < timeouts[0] <= 50_000
+
+
+def test_a_called_model_gets_the_priority_of_the_request(serve):
+    priorities = []
+
+    def below(request):
+        priorities.append(request.fields["parameters"].get("gr_priority"))
+        return InferenceResponse([Tensor("Y", request.inputs["X"])])
+
+    model = serve(through, below)
+    for options in ({}, {"gr_priority": 0}):
+        request = asking(**options)
+        model.execute([request])
+        request.answer()
+    assert priorities == [None, 0]
 
 
 def test_a_request_that_was_given_up_between_two_calls_makes_no_second(serve):

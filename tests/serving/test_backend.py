@@ -4,6 +4,7 @@ import json
 import logging
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 
 import numpy as np
@@ -114,6 +115,7 @@ class RankerModel(EngineModel):
     def __init__(self, engine: Engine):
         self._engine = engine
         self._metrics = backend.EngineMetrics(PB_UTILS, "gr_ranker", engine)
+        self._senders = ThreadPoolExecutor(2)
         engine.start()
 
     def decode(self, tensors):
@@ -128,6 +130,7 @@ def model():
     made = RankerModel(toy_engine("ranking", limits=Limits(max_queue=8)))
     yield made
     made._engine.close()
+    made._senders.shutdown()
     made._metrics.close()
 
 
@@ -190,6 +193,7 @@ def test_metrics_follow_what_the_engine_did(model):
         model.execute([request])
         request.answer()
     model._engine.close()
+    model._senders.shutdown()
     model._metrics.close()
     values = {name: metric.value for name, metric in model._metrics._metrics.items()}
     assert values["gr_requests_total"] == 3

@@ -5,92 +5,28 @@ import inspect
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import grpc
 import numpy as np
 import pytest
-from tritonclient.grpc import model_config_pb2, service_pb2, service_pb2_grpc
 
 from serving.client import CallOptions, Client, History, ServingError
 from serving.client_asyncio import AsyncClient
 from serving.client_tensors import MAX_MESSAGE_BYTES
 from serving.handle import ServerHandle
 from tests.serving.conftest import NUM_ITEMS, after, user
+from tests.serving.scripted_endpoint import LISTED, Endpoint, serving
 
 Ask = Callable[..., Any]
-SCORED = {"SCORES": np.array([[[0.5, 0.25]]], np.float32), "CACHED_TOKENS": np.array([[7]], np.int32)}
-LISTED = SCORED | {"ITEMS": np.array([[42]], np.int64)}
 ONE = History(items=np.array([1000]), actions=np.array([1]), times=np.array([5]))
-
-
-def _response(outputs: dict[str, np.ndarray]) -> service_pb2.ModelInferResponse:
-    response = service_pb2.ModelInferResponse()
-    for name, values in outputs.items():
-        datatype = {"f": "FP32", "i": f"INT{8 * values.itemsize}"}[values.dtype.kind]
-        response.outputs.add(name=name, datatype=datatype, shape=values.shape)
-        response.raw_output_contents.append(values.tobytes())
-    return response
-
-
-class Endpoint(service_pb2_grpc.GRPCInferenceServiceServicer):
-    """A gRPC endpoint that answers as told: each of `failures` is the code and text of one refusal before that."""
-
-    def __init__(self) -> None:
-        self.requests: list[service_pb2.ModelInferRequest] = []
-        self.failures: list[tuple[grpc.StatusCode, str]] = []
-        self.outputs = LISTED
-        self.item_id_type = "int64"
-        self.wait: threading.Event | None = None
-        self.cancelled = threading.Event()
-        self.started = threading.Event()
-
-    def ModelConfig(self, request, context):
-        parameters = {
-            "dataset": "shop",
-            "item_id_type": self.item_id_type,
-            "actions": '["view"]',
-            "tasks": '["a", "b"]',
-            "model_digest": "d",
-        }
-        config = model_config_pb2.ModelConfig(name=request.name)
-        for key, value in parameters.items():
-            config.parameters[key].string_value = value
-        return service_pb2.ModelConfigResponse(config=config)
-
-    def ModelInfer(self, request, context):
-        self.requests.append(request)
-        self.started.set()
-        if self.failures:
-            context.abort(*self.failures.pop(0))
-        if self.wait is not None:
-            context.add_callback(self.cancelled.set)
-            self.wait.wait(10)
-        return _response(self.outputs)
-
-    def tensors(self) -> dict[str, list]:
-        """The inputs of the last request as int64 lists, or raw bytes where they are text."""
-        request = self.requests[-1]
-        return {
-            tensor.name: raw
-            if tensor.datatype == "BYTES"
-            else np.frombuffer(raw, {"INT64": np.int64, "INT32": np.int32}[tensor.datatype]).tolist()
-            for tensor, raw in zip(request.inputs, request.raw_input_contents, strict=True)
-        }
 
 
 @pytest.fixture
 def endpoint() -> Iterator[tuple[Endpoint, str]]:
     servicer = Endpoint()
-    server = grpc.server(ThreadPoolExecutor(4), options=[("grpc.max_receive_message_length", -1)])
-    service_pb2_grpc.add_GRPCInferenceServiceServicer_to_server(servicer, server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    yield servicer, f"127.0.0.1:{port}"
-    if servicer.wait is not None:
-        servicer.wait.set()
-    server.stop(0).wait()
+    with serving(servicer) as address:
+        yield servicer, address
 
 
 @pytest.fixture(params=["blocking", "asyncio"])
@@ -192,6 +128,15 @@ def test_any_other_refusal_is_final_and_named(endpoint, ask, code):
     assert len(servicer.requests) == 1
 
 
+@pytest.mark.parametrize("code", ["NOT_FOUND", "UNAVAILABLE"])
+def test_a_model_that_is_not_loaded_is_unavailable_by_name(endpoint, ask, code):
+    servicer, address = endpoint
+    servicer.failures = [(grpc.StatusCode[code], "Request for unknown model: 'gr_events' is not found")] * 4
+    with pytest.raises(ServingError, match="has no model gr_events; run gr materialize") as failed:
+        ask(address, "append_events", 1, [1], [1], [1])
+    assert failed.value.code == "UNAVAILABLE"
+
+
 def test_one_attempt_means_no_retry(endpoint, ask):
     servicer, address = endpoint
     servicer.failures = [(grpc.StatusCode.UNAVAILABLE, "queue full")]
@@ -277,9 +222,14 @@ def test_many_coroutines_of_one_connection_get_the_answers_of_the_blocking_clien
 
 
 @pytest.mark.e2e
-def test_a_model_that_is_not_loaded_is_unavailable_by_name(server: ServerHandle, ask: Ask):
-    call = {"k": 3, "request_time": 9, "options": CallOptions(deadline_s=10)}
-    with pytest.raises(ServingError) as failed:
-        ask(server.grpc_address, "recommend_user", 1, **call)
-    assert failed.value.code in ("UNAVAILABLE", "INVALID_ARGUMENT")
-    assert "/" not in str(failed.value)
+def test_events_that_a_client_appends_are_what_the_user_is_recommended_for(
+    server: ServerHandle, client: Client, ask: Ask, request: pytest.FixtureRequest
+):
+    history, name = user(5000, 12), {"blocking": 5000, "asyncio": 5001}[request.node.callspec.id]
+    assert ask(server.grpc_address, "append_events", name, history.items, history.actions, history.times) == 12
+    # Sent again after an answer that got lost, they are the same events.
+    assert ask(server.grpc_address, "append_events", name, history.items, history.actions, history.times) == 12
+    answer = ask(server.grpc_address, "recommend_user", name, k=5, request_time=after(history), exclude=[1000])
+    expected = client.recommend(history, k=5, request_time=after(history), exclude=[1000])
+    assert answer.items.tolist() == expected.items.tolist()
+    assert np.abs(answer.scores - expected.scores).max() <= 1e-5 * expected.scores.max()

@@ -1,5 +1,6 @@
 """A user's history is one ordered list without repeats, whatever of it sequences hold and whatever came since."""
 
+import itertools
 import os
 import sqlite3
 import stat
@@ -73,10 +74,10 @@ def test_appended_events_follow_those_of_the_sequences_and_known_ones_do_not_cou
 
 def test_the_same_event_twice_is_one_and_the_masks_of_one_moment_are_united_in_its_first_place(tmp_path):
     kept = opened(tmp_path)
-    kept.append([events(1, [(5, 1, 30), (6, 1, 30)])])
+    kept.append([events(1, [(9, 1, 30), (6, 1, 30)])])
     for _ in range(2):
-        assert kept.append([events(1, [(5, 4, 30), (5, 1, 30)])])[0].length == 2
-    assert listed(kept.history(1)) == [(5, 5, 30), (6, 1, 30)]
+        assert kept.append([events(1, [(6, 4, 30), (7, 1, 30)])])[0].length == 3
+    assert listed(kept.history(1)) == [(9, 1, 30), (6, 5, 30), (7, 1, 30)]
 
 
 def test_an_event_that_arrives_late_takes_its_place_in_time(tmp_path):
@@ -143,6 +144,22 @@ def test_the_bound_of_a_user_drops_the_oldest_and_keeps_the_count(tmp_path):
     write_sequences(tmp_path, DS, {1: [(1000, 1, 10), (1001, 1, 11), *((1000, 1, 20 + at) for at in range(4))]})
     whole = settled(kept).history(1)
     assert (len(whole.items), whole.offset) == (7, 0)
+    assert kept.append([events(1, [(5, 1, 30)])])[0].length == 8
+    kept.prune()
+    assert kept.append([events(1, [(6, 1, 31)])])[0].length == 9
+    whole = kept.history(1)
+    assert (len(whole.items), whole.offset) == (9, 0)
+
+
+def test_pruning_forgets_what_was_dropped_once_the_sequences_hold_it(tmp_path):
+    kept = opened(tmp_path, bounds=Bounds(events_per_user=2))
+    kept.append([events(1, [(at, 1, 20 + at) for at in range(5)])])
+    write_sequences(tmp_path, DS, {1: [(1000, 1, 20 + at) for at in range(4)]})
+    settled(kept).prune()
+    with sqlite3.connect(serving_state.histories_file(tmp_path, DS)) as raw:
+        assert raw.execute("SELECT num_dropped, dropped_until FROM users").fetchall() == [(0, None)]
+        assert raw.execute("SELECT time_ms FROM events").fetchall() == [(24,)]
+    assert len(kept.history(1).items) == 5
 
 
 def test_the_bound_of_the_file_drops_the_users_who_were_quiet_longest(tmp_path):
@@ -257,27 +274,15 @@ def test_what_the_servers_python_imports_is_there():
     assert done.returncode == 0, done.stderr
 
 
-Event = st.tuples(st.integers(1000, 1003), st.integers(1, 3), st.integers(0, 12))
+Event = st.tuples(st.integers(1000, 1003), st.integers(1, 3), st.integers(0, 6))
+Append = st.tuples(st.just("append"), st.integers(1, 2), st.lists(Event, min_size=1, max_size=5))
+Materialise = st.tuples(st.just("materialise"), st.integers(0, 6))
 
 
 @settings(max_examples=60, deadline=None)
-@given(
-    steps=st.lists(
-        st.one_of(
-            st.tuples(st.just("append"), st.integers(1, 2), st.lists(Event, max_size=4)),
-            st.tuples(st.just("materialise"), st.integers(0, 12)),
-            st.tuples(st.just("prune")),
-        ),
-        max_size=12,
-    ),
-    limit=st.integers(1, 8),
-    until=st.one_of(st.none(), st.integers(-1, 13)),
-)
-def test_whatever_is_appended_materialised_and_pruned_a_history_is_that_of_one_list(
-    tmp_path_factory, steps, limit, until
-):
+@given(steps=st.lists(st.one_of(Append, Append, Materialise, st.tuples(st.just("prune"))), min_size=3, max_size=10))
+def test_whatever_is_appended_materialised_and_pruned_a_history_is_that_of_one_list(tmp_path_factory, steps):
     home = tmp_path_factory.mktemp("state")
-    history_base.CHECK_S = 0.0
     kept = opened(home)
     whole = {1: [], 2: []}
     base_last = {1: -1, 2: -1}
@@ -304,7 +309,7 @@ def test_whatever_is_appended_materialised_and_pruned_a_history_is_that_of_one_l
             base_last = {u: max((e[2] for e in rows), default=-1) for u, rows in landed.items()}
         else:
             kept.prune()
-        for user, rows in whole.items():
+        for (user, rows), limit, until in itertools.product(whole.items(), (1, 3, 50), (None, 0, 3)):
             visible = [tuple(e) for e in rows if until is None or e[2] <= until]
             history = kept.history(user, limit=limit, until=until)
             assert listed(history) == visible[-limit:]

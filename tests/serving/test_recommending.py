@@ -168,6 +168,14 @@ def test_a_challenger_that_fails_or_lags_costs_no_answer_and_no_row(home, monkey
     assert model._shadow.totals == {"gr_shadow_total": 0, "gr_shadow_dropped_total": 2, "gr_shadow_failed_total": 1}
 
 
+def test_the_platforms_own_requests_are_not_logged(home):
+    model = loaded(RecommenderModel, PAIR)
+    for request_id in ("gr-canary", "gr-golden", "a caller's"):
+        answered(model, asked(request_id=request_id))
+    model.finalize()
+    assert [row["request_id"] for row in rows_in(serving_state.served_folder(home, DS))] == ["a caller's"]
+
+
 def test_a_log_of_no_bytes_is_none(home):
     model = loaded(RecommenderModel, PAIR, log_bytes=0, shadow_digest="s1", shadow_share=1.0)
     assert not answered(model, asked()).has_error()

@@ -23,7 +23,8 @@ from serving import server as server_module
 from serving.client import Client, ServingError
 from serving.engine.requests import History
 from serving.handle import ServerHandle, attach, last_useful_line, record_path
-from serving.server import EmbeddedServer, Ports, deploy, load_models
+from serving.server import EmbeddedServer, Ports
+from serving.swap import deploy, in_swap_order, load_models
 from tests.serving.conftest import after, user
 
 pytestmark = pytest.mark.e2e
@@ -36,8 +37,8 @@ def with_text_ids(folder: Path, facts: dict) -> None:
     facts["declaration"] = facts["declaration"] | {"item_id_type": "string", "exclude_seen": "all"}
 
 
-def with_broken_graph(folder: Path, facts: dict) -> None:
-    (folder / "score.onnx").write_bytes(b"no graph")
+def with_broken_weights(folder: Path, facts: dict) -> None:
+    (folder / "model.safetensors").write_bytes(b"no weights")
 
 
 def as_text(history: History) -> History:
@@ -93,7 +94,7 @@ def test_new_models_replace_the_old_under_load_and_a_broken_one_does_not(server,
             assert not {*as_text(history).items, "item-1003"} & set(found.items)
             assert len(swapped.retrieve(as_text(user(1, 0)), k=3, request_time=1).items) == 3
 
-            broken = rewritten(text["ranking"], with_broken_graph)
+            broken = rewritten(text["ranking"], with_broken_weights)
             with pytest.raises(UserError, match=r"did not load gr_ranker: .*what served before goes on") as failed:
                 deploy(home, text["retrieval"], broken)
             assert str(home) not in str(failed.value)
@@ -110,7 +111,7 @@ def test_a_running_server_is_found_and_a_second_one_refused(server, client, home
     assert stat.S_IMODE(record.stat().st_mode) == 0o600
     assert attach(home) == server
     client.score(user(3, 20), [1000], request_time=after(user(3, 20)))
-    assert load_models(home) == repository.MODELS
+    assert load_models(home) == in_swap_order(repository.MODELS)
     again = client.score(user(3, 20), [1000], request_time=after(user(3, 20)))
     assert again.cached_tokens == 41, "an unchanged model was loaded again and lost its cache"
     with pytest.raises(UserError, match="runs already"):
@@ -163,7 +164,7 @@ def test_a_missing_environment_is_one_sentence(tmp_path):
 
 
 def test_models_that_do_not_load_end_the_start_with_the_reason_and_no_remains(tmp_path, pair, rewritten):
-    repository.publish(tmp_path, pair["retrieval"], rewritten(pair["ranking"], with_broken_graph))
+    repository.publish(tmp_path, pair["retrieval"], rewritten(pair["ranking"], with_broken_weights))
     starting = EmbeddedServer(tmp_path)
     with pytest.raises(UserError, match=r"the model server exited with status 1: .*see \$GR_HOME/logs") as failed:
         starting.start()

@@ -139,6 +139,12 @@ def test_a_broken_request_is_an_invalid_argument_through_both_calls(raw, ask, me
     assert "/" not in failed.value.message()
 
 
+def test_a_request_whose_deadline_has_passed_is_refused_and_one_with_time_left_answered(raw):
+    assert len(by_user(raw, "x", NOW_MS, timeout=20_000_000)["ITEMS"][0]) == 5
+    with pytest.raises(grpcclient.InferenceServerException, match=r"CANCELLED.*deadline has passed"):
+        by_user(raw, "x", NOW_MS, timeout=1)
+
+
 def test_what_was_served_is_logged_with_the_challengers_scores_and_without_the_user(raw, home):
     folder = serving_state.served_folder(home, DS)
     answer = by_user(raw, "y", NOW_MS, request_id="the request")

@@ -27,7 +27,7 @@ SURFACE = {
     "experiment": "NAME --cell --list --data --scale --json",
     "bench": "NAME --aot --events --json",
     "serve": "--grpc-port --http-port --metrics-port",
-    "recommend": "--user -k --at",
+    "recommend": "--user -k --at --server-history",
     "score": "--user --items --at",
 }
 WITHOUT_EXAMPLE = {"down", "status", "doctor"}
