@@ -43,14 +43,18 @@ def deploy(home: Path, ds: str) -> Deployment:
     """
     from gr_platform.bundle.load import load
     from gr_platform.bundle.verify import parity
-    from serving import swap
+    from serving import options, swap
 
     contenders = promotion.contenders(home, ds)
     parity_ok = {kind: parity(load(bundle_of(home, ds, kind, v))).ok for kind, v in contenders.items()}
     verdict = promotion.judge(home, ds, parity_ok)
     folders = {kind: bundle_of(home, ds, kind, version) for kind, version in verdict.serving.items()}
     if folders:
-        loaded = swap.deploy(home, folders["retrieval"], folders["ranking"])
+        chosen = options.read(home)
+        # A challenger that may not serve is what a shadow is for: what it says of live requests is logged.
+        refused = verdict.reasons and contenders.get("ranking") != verdict.serving.get("ranking")
+        shadow = bundle_of(home, ds, "ranking", contenders["ranking"]) if refused and chosen.shadow_share else None
+        loaded = swap.deploy(home, folders["retrieval"], folders["ranking"], chosen, shadow=shadow)
     promotion.settle(home, verdict)
     if not folders:
         raise UserError(f"no models of {ds} may serve yet: {'; '.join(verdict.reasons)}; train on more data or longer")

@@ -18,9 +18,9 @@ from typing import Any, cast
 import numpy as np
 
 from gr_platform import settings
-from gr_platform.bundle.compute import ComputePath
+from gr_platform.bundle.compute import CacheType, ComputePath
 from gr_platform.bundle.load import load
-from gr_platform.bundle.verify import parity
+from gr_platform.bundle.verify import SHORT_TOLERANCE, TOLERANCE, parity
 from gr_platform.errors import UserError
 from serving import calls
 from serving.engine.engine import Engine, Limits
@@ -127,10 +127,15 @@ class EngineModel(ABC):
     def _loaded(self, own: ModelSettings) -> Model:
         """Return the model, after the parity gate. Raises UserError."""
         bundle = load(own.bundle)
-        path = cast(ComputePath, own.parameters["compute"])
-        cache_bytes = int(own.parameters["cache_bytes"])
-        model = self.model(bundle, cache_bytes=cache_bytes, num_threads=own.num_threads, path=path)
-        measured = parity(bundle, model.compute)
+        cache_dtype = cast(CacheType, own.parameters["cache_dtype"])
+        model = self.model(
+            bundle,
+            cache_bytes=int(own.parameters["cache_bytes"]),
+            num_threads=own.num_threads,
+            path=cast(ComputePath, own.parameters["compute"]),
+            cache_dtype=cache_dtype,
+        )
+        measured = parity(bundle, model.compute, TOLERANCE if cache_dtype == "fp32" else SHORT_TOLERANCE)
         if not measured.ok:
             raise UserError(
                 f"the bundle's scores differ from those of its golden requests by {measured.max_abs_error:.2e} of "

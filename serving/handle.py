@@ -20,6 +20,7 @@ LOG = "logs/tritonserver.log"
 _SHARED_MEMORY = Path("/dev/shm")
 _BACKENDS = "backends-"
 _STUB = "triton_python_backend_stub"
+_SWEEPS = 5
 # gRPC by itself waits for up to two minutes before it looks again for a server that was gone.
 _RECONNECT_MS = {"initial": 100, "min": 100, "max": 1000}
 
@@ -153,7 +154,11 @@ def sweep(home: Path) -> list[str]:
 
 
 def _remove_instance(home: Path, instance: str) -> None:
-    processes.kill(_carrying(instance))
+    # A server that is killed may have started a process more since it was looked at; that one starts no others.
+    for _ in range(_SWEEPS):
+        if not (left := _carrying(instance)):
+            break
+        processes.kill(left)
     for file in _SHARED_MEMORY.glob(f"{instance}*"):
         file.unlink(missing_ok=True)
     shutil.rmtree(home / "serving" / f"{_BACKENDS}{instance}", ignore_errors=True)

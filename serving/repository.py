@@ -15,9 +15,9 @@ from py_compile import PycInvalidationMode
 from typing import Any
 
 from gr_platform import storage
-from gr_platform.bundle.compute import ComputePath
 from gr_platform.bundle.load import Bundle, load
 from gr_platform.errors import UserError
+from serving.options import ServingOptions
 
 LINK = "model_repository"
 MODELS = ("gr_retriever", "gr_ranker", "gr_recommender", "gr_events", "gr_user_recommender")
@@ -25,37 +25,6 @@ SHADOW = "gr_ranker_shadow"
 _PARENT = "model_repositories"
 _EMPTY = "empty"
 _TEMPLATES = Path(__file__).resolve().parent / "model_repository"
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class ServingOptions:
-    """What the operator sets. `cache_bytes` bounds each model's K/V cache; `num_threads` 0 = what the machine has.
-
-    max_batch_size: users of one step; max_queue: requests in one model, above which more are refused; compute: what
-    computes, "auto", "torch" or "onnx", as `Bundle.compute` says.
-
-    max_in_flight: recommendations at once, above which more are refused. shadow_share: of recommendations that the
-    challenger scores too, 0 to 1. log_bytes: of the served log on disk, 0 = none is kept; log_seconds: how long a row
-    may wait to be written. history_bytes: of the events appended to histories.
-    """
-
-    cache_bytes: int = 256 << 20
-    num_threads: int = 0
-    retrieval_depth: int = 50
-    max_batch_size: int = 32
-    max_queue: int = 256
-    compute: ComputePath = "auto"
-    max_in_flight: int = 256
-    shadow_share: float = 0.0
-    log_bytes: int = 1 << 30
-    log_seconds: float = 60.0
-    history_bytes: int = 1 << 30
-
-    def __post_init__(self) -> None:
-        if not 0.0 <= self.shadow_share <= 1.0:
-            raise ValueError(f"ServingOptions.shadow_share is {self.shadow_share}, must be from 0 to 1")
-        if self.max_in_flight < 1:
-            raise ValueError(f"ServingOptions.max_in_flight is {self.max_in_flight}, must be at least 1")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

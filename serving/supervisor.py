@@ -81,7 +81,7 @@ class Supervisor:
 
     def _is_live(self) -> bool:
         try:
-            return bool(self._client.is_server_live(client_timeout=self._policy.canary_s))
+            return bool(self._client.is_server_live(client_timeout=self._policy.live_s))
         except grpcclient.InferenceServerException:
             return False
 

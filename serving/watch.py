@@ -14,23 +14,25 @@ from serving.canary import Check, Outcome
 class Policy:
     """How patient the supervisor is. Times in seconds; reloads and restarts are counted within `window_s`.
 
-    canary_s: deadline of a canary. num_failed: canaries in a row that end in an error of the model, or find it not
-    loaded. num_missed, stalled_s: canaries in a row without an answer, and for how long no work was done; blind_s: the
-    same where no metrics tell of work. A model that needed max_reloads has the server restarted, a server that needed
-    max_restarts is given up. Between restarts the pause doubles from backoff_s to max_backoff_s.
+    canary_s, live_s: deadlines of a canary, and of the question whether the server lives. num_failed: canaries in a row
+    that end in an error of the model, or find it not loaded. num_missed, stalled_s: canaries in a row without an
+    answer, and for how long no work was done; blind_s: the same where no metrics tell of work. A model that needed
+    max_reloads has the server restarted, a server that needed max_restarts is given up. Between restarts the pause
+    doubles from backoff_s to max_backoff_s.
     """
 
     interval_s: float = 1.0
     canary_s: float = 2.0
+    live_s: float = 2.0
     num_failed: int = 3
     num_missed: int = 5
     stalled_s: float = 20.0
     blind_s: float = 120.0
     load_s: float = 120.0
     max_reloads: int = 3
-    max_restarts: int = 5
+    max_restarts: int = 8
     window_s: float = 600.0
-    backoff_s: float = 0.5
+    backoff_s: float = 1.0
     max_backoff_s: float = 30.0
 
 

@@ -17,6 +17,9 @@ from gr_platform.models.tokens import Tokens
 
 PAGE_TOKENS = 16
 ComputePath = Literal["auto", "torch", "onnx"]
+# What K/V are kept in, and bytes of an element.
+CacheType = Literal["fp32", "fp16", "bf16"]
+ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -29,7 +29,6 @@ from gr_platform.models.ranking import RankingModel
 from gr_platform.sequences.vocabulary import NUM_OOV
 from kernels import TIME_THRESHOLDS_MS
 
-MICROBATCH_SIZE = 256
 OPSET = 20
 # Raised when the same model would be exported as other files.
 EXPORT_VERSION = 2
@@ -177,7 +176,6 @@ def write_bundle(
     files = {name: storage.file_sha256(folder / name) for name in ("model.safetensors", "vocabulary.parquet")}
     return constants | {
         "model_digest": model_digest(constants, files),
-        "microbatch_size": MICROBATCH_SIZE,
         "declaration": declaration,
         "recipe": recipe,
         "metrics": metrics,

@@ -13,7 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from gr_platform import storage
-from gr_platform.bundle.compute import Compute, ComputePath
+from gr_platform.bundle.compute import CacheType, Compute, ComputePath
 from gr_platform.bundle.onnx_compute import OnnxCompute
 from gr_platform.errors import UserError
 from gr_platform.events.declaration import Declaration
@@ -39,7 +39,6 @@ class Bundle:
     declaration: Declaration
     tasks: tuple[str, ...]
     vocabulary: Vocabulary
-    microbatch_size: int
     metrics: dict[str, Any]
     recipe: str
     item_vectors: np.ndarray
@@ -54,17 +53,28 @@ class Bundle:
         """Number of ranking heads; 0 for retrieval."""
         return len(self.tasks) if self.kind == "ranking" else 0
 
-    def compute(self, num_pages: int, *, path: ComputePath = "auto", num_threads: int = 1) -> Compute:
+    def compute(
+        self,
+        num_pages: int,
+        *,
+        path: ComputePath = "auto",
+        num_threads: int = 1,
+        cache_dtype: CacheType = "fp32",
+    ) -> Compute:
         """Return the loaded model with room for `num_pages` pages of K/V.
 
         path: "torch" (the kernels, several users a step), "onnx" (the graphs in ONNX Runtime, with no torch in the
-        process), or "auto": torch encodes, and candidates are scored by whichever is faster.
+        process), or "auto": torch encodes, and candidates are scored by whichever is faster. cache_dtype: what K/V are
+        kept in and products made in. Raises UserError for a short one without a GPU.
         """
+        if path == "onnx" and cache_dtype != "fp32":
+            raise UserError(f"cache_dtype is {cache_dtype}, the graphs keep fp32; set compute to auto or torch")
         if path == "onnx":
             return OnnxCompute(self.folder, self.config, self.num_tasks, num_pages, num_threads=num_threads)
         from gr_platform.bundle.torch_model import fastest_compute, torch_compute
 
-        return (fastest_compute if path == "auto" else torch_compute)(self, num_pages, num_threads=num_threads)
+        make = fastest_compute if path == "auto" else torch_compute
+        return make(self, num_pages, num_threads=num_threads, cache_dtype=cache_dtype)
 
 
 def model_digest(facts: Mapping[str, Any], files: Mapping[str, str]) -> str:
@@ -103,7 +113,6 @@ def _read(folder: Path, kind: str, facts: Mapping[str, Any]) -> Bundle:
         declaration=Declaration.from_json(facts["declaration"]),
         tasks=tuple(facts["tasks"]),
         vocabulary=Vocabulary.load(folder / "vocabulary.parquet"),
-        microbatch_size=facts["microbatch_size"],
         metrics=facts["metrics"],
         recipe=facts["recipe"],
         item_vectors=vectors,

@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gr_platform import settings
-from gr_platform.bundle.compute import PAGE_TOKENS, Ask, Piece, most_tokens, pages_for
+from gr_platform.bundle.compute import PAGE_TOKENS, Ask, CacheType, Piece, most_tokens, pages_for
 from gr_platform.bundle.onnx_compute import OnnxCompute
 from gr_platform.errors import UserError
 from gr_platform.models.build import build_model
@@ -25,6 +25,7 @@ from gr_platform.models.features import FeatureTables
 if TYPE_CHECKING:
     from gr_platform.bundle.load import Bundle
 
+_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 # What both paths are timed on: numbers of candidates, of one user and of so many, against so many tokens of history.
 TUNED_SIZES = (1, 4, 16, 64, 256)
 TUNED_ASKS = 8
@@ -36,14 +37,17 @@ def torch_compute(
     num_pages: int,
     *,
     num_threads: int = 1,
-    device: str | None = None,
-    cache_dtype: torch.dtype | None = None,
+    cache_dtype: CacheType = "fp32",
 ) -> TorchCompute:
-    """Return the bundle's model with room for `num_pages` pages; device: of GR_DEVICE if None.
+    """Return the bundle's model with room for `num_pages` pages, on the device of GR_DEVICE.
 
-    Sets the process's number of threads. Raises UserError if the weights do not fit the manifest.
+    Sets the process's number of threads. Raises UserError if the weights do not fit the manifest, and for a short
+    cache_dtype on a CPU, which computes those slowly.
     """
     torch.set_num_threads(num_threads)
+    device = settings.device()
+    if device == "cpu" and cache_dtype != "fp32":
+        raise UserError(f"cache_dtype is {cache_dtype}, which is for a GPU, and there is none; set it to fp32")
     try:
         state = load_file(bundle.folder / "model.safetensors")
         model = build_model(
@@ -59,12 +63,14 @@ def torch_compute(
         raise UserError(
             f"the weights of bundle {bundle.folder.name} do not fit it ({reason}); export it again"
         ) from None
-    return TorchCompute(model.to(device or settings.device()), num_pages, cache_dtype=cache_dtype)
+    return TorchCompute(model.to(device), num_pages, cache_dtype=_DTYPES[cache_dtype])
 
 
-def fastest_compute(bundle: "Bundle", num_pages: int, *, num_threads: int = 1) -> "TorchCompute | FastestCompute":
+def fastest_compute(
+    bundle: "Bundle", num_pages: int, *, num_threads: int = 1, cache_dtype: CacheType = "fp32"
+) -> "TorchCompute | FastestCompute":
     """Return the torch path; for ranking on a CPU together with the graph, by what is faster there."""
-    compute = torch_compute(bundle, num_pages, num_threads=num_threads)
+    compute = torch_compute(bundle, num_pages, num_threads=num_threads, cache_dtype=cache_dtype)
     if bundle.kind != "ranking" or compute.device.type != "cpu":
         return compute
     pages = (compute.pages.k.numpy(), compute.pages.v.numpy(), compute.pages.times.numpy())

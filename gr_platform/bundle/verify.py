@@ -13,6 +13,8 @@ from gr_platform.bundle.load import Bundle
 from gr_platform.models.tokens import ranking_tokens, retrieval_tokens
 
 TOLERANCE = 1e-5
+# Of K/V and products in 16 bits, whose rounding adds up over the layers.
+SHORT_TOLERANCE = 3e-2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -24,10 +24,12 @@ from serving.bench import models
 from serving.engine.engine import Engine, Limits
 from serving.engine.ranker import Ranker
 from serving.engine.requests import History, RankRequest
+from serving.engine.top_k import best_items
 
 Row = dict[str, Any]
 NUM_ITEMS = 10_000
 MAX_EVENTS = 2_048
+SEARCHED_ITEMS = 1_000_000
 CACHE_BYTES = 1 << 30
 START_MS = 1_577_836_800_000
 DOUBLED_M = (256, 512, 1_024, 2_048, 4_096, 8_192)
@@ -39,7 +41,8 @@ LIMITS = Limits(step_tokens=1 << 20)
 def run(num_threads: int) -> list[Row]:
     """Return the rows of the speed table that need no server."""
     with engines(models.speed_table(MAX_EVENTS), num_threads) as (cached, uncached):
-        return [*_ratios(cached, uncached), _of_peak(cached), *_growth(cached)]
+        rows = [*_ratios(cached, uncached), _of_peak(cached), *_growth(cached)]
+    return [*rows, _search()]
 
 
 @contextmanager
@@ -131,6 +134,15 @@ def _growth(cached: Engine) -> list[Row]:
             rows.append(row(name, twice / once, "x", f"{1e3 * twice:.1f} ms and {1e3 * once:.1f} ms", None))
     name = "T(2x) / T(x), each doubling of m from 256 to 8,192 and of n from 256 to 4,096, cached"
     return [row(name, worst, "x", "the worst of those below", 2.2) | {"at_most": True}, *rows]
+
+
+def _search() -> Row:
+    """Return the row of the exact search for the best 100 of a million items."""
+    rng = np.random.default_rng(0)
+    items = rng.normal(size=(SEARCHED_ITEMS, 64)).astype(np.float32)
+    user, none = rng.normal(size=(1, 64)).astype(np.float32), np.zeros(0, np.int64)
+    seconds = least_seconds(lambda: best_items(user, items, [100], [none]))
+    return row("retrieval, best 100 of 1 M items of d 64", 1e3 * seconds, "ms", "exact", 100) | {"at_most": True}
 
 
 def row(name: str, value: float | None, unit: str, against: str | None, target: float | None) -> Row:

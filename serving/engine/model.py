@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from gr_platform.bundle.compute import Compute, ComputePath, most_tokens, page_bytes
+from gr_platform.bundle.compute import ITEM_BYTES, CacheType, Compute, ComputePath, most_tokens, page_bytes
 from serving.engine.cache import KVCache
 from serving.engine.jobs import Job
 from serving.engine.microbatches import Microbatches
@@ -23,11 +23,22 @@ class Model(ABC):
 
     kind: ClassVar[str]
 
-    def __init__(self, bundle: "Bundle", *, cache_bytes: int, num_threads: int = 1, path: ComputePath = "auto") -> None:
-        """`cache_bytes` bounds the K/V kept between requests; path: what computes, see `Bundle.compute`."""
+    def __init__(
+        self,
+        bundle: "Bundle",
+        *,
+        cache_bytes: int,
+        num_threads: int = 1,
+        path: ComputePath = "auto",
+        cache_dtype: CacheType = "fp32",
+    ) -> None:
+        """`cache_bytes` bounds the K/V kept between requests; path, cache_dtype: see `Bundle.compute`."""
         self.bundle, self.longest = bundle, most_tokens(bundle.config)
-        self.cache = KVCache(bundle.digest, cache_bytes, page_bytes(bundle.config), self.longest)
-        self.compute: Compute = bundle.compute(self.cache.num_pages, path=path, num_threads=num_threads)
+        size = page_bytes(bundle.config, ITEM_BYTES[cache_dtype])
+        self.cache = KVCache(bundle.digest, cache_bytes, size, self.longest)
+        self.compute: Compute = bundle.compute(
+            self.cache.num_pages, path=path, num_threads=num_threads, cache_dtype=cache_dtype
+        )
         self.microbatches = Microbatches.fixed(256)
 
     @abstractmethod

@@ -8,7 +8,7 @@ Legend: V items, d width, B users.
 import numpy as np
 
 # Scores of a block stay in the cache while they are looked through.
-BLOCK_ITEMS = 32_768
+BLOCK_ITEMS = 65_536
 
 
 def top_k(scores: np.ndarray, k: int) -> np.ndarray:

@@ -25,7 +25,7 @@ from serving.supervisor import Supervisor
 from serving.swap import deploy
 from serving.watch import Policy
 
-QUICK = Policy(backoff_s=0.001, max_backoff_s=0.002, interval_s=0.01, stalled_s=0.0)
+QUICK = Policy(max_restarts=5, backoff_s=0.001, max_backoff_s=0.002, interval_s=0.01, stalled_s=0.0)
 
 
 def a_handle(home: Path, **changes: object) -> ServerHandle:
@@ -91,7 +91,8 @@ def test_a_restart_that_works_ends_the_trying_and_a_full_disk_is_one_reason_more
 
 
 def test_the_pauses_between_restarts_double_up_to_a_bound(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    watching = Supervisor(dead(tmp_path), StandIn(tmp_path, [UserError("no")] * 9), Policy(max_backoff_s=1.5))
+    patience = Policy(max_restarts=5, backoff_s=0.5, max_backoff_s=1.5)
+    watching = Supervisor(dead(tmp_path), StandIn(tmp_path, [UserError("no")] * 9), patience)
     pauses: list[float] = []
     monkeypatch.setattr(watching._stop, "wait", lambda pause_s: pauses.append(pause_s))
     with pytest.raises(UserError, match="given up"):

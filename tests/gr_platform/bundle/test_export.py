@@ -7,12 +7,14 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from gr_platform.bundle import export
-from gr_platform.bundle.compute import Ask, Tunable
+from gr_platform.bundle.compute import ITEM_BYTES, Ask, Tunable, page_bytes
 from gr_platform.bundle.load import load
-from gr_platform.bundle.verify import parity
+from gr_platform.bundle.verify import SHORT_TOLERANCE, parity
 from gr_platform.errors import UserError
+from gr_platform.models.compute import TorchCompute
 from gr_platform.models.recipes import tiny
 from gr_platform.models.tokens import ranking_tokens
 from tests.gr_platform.paging import NUM_PAGES, encode_in_pieces
@@ -96,6 +98,24 @@ def test_the_graph_takes_past_and_new_lengths_from_zero(bundle_folder, sizes):
     np.testing.assert_allclose(*keys, atol=1e-5 * max(1.0, float(np.abs(keys[1]).max())))
 
 
+def test_a_short_cache_is_half_as_large_rounds_and_needs_a_gpu(bundle_folder, monkeypatch):
+    bundle = load(bundle_folder)
+    model = bundle.compute(NUM_PAGES, path="torch").model
+    exact, short = (TorchCompute(model, NUM_PAGES, cache_dtype=dtype) for dtype in (torch.float32, torch.float16))
+    assert 2 * short.pages.k.nbytes == exact.pages.k.nbytes
+    assert (
+        page_bytes(bundle.config) - page_bytes(bundle.config, ITEM_BYTES["fp16"])
+        == (short.pages.k.nbytes + short.pages.v.nbytes) // NUM_PAGES
+    )
+    error = parity(bundle, short).max_abs_error
+    assert parity(bundle, exact).max_abs_error < error
+    assert parity(bundle, short, SHORT_TOLERANCE).ok
+    monkeypatch.setenv("GR_DEVICE", "cpu")
+    for path, message in (("auto", "for a GPU, and there is none"), ("onnx", "the graphs keep fp32")):
+        with pytest.raises(UserError, match=message):
+            bundle.compute(NUM_PAGES, path=path, cache_dtype="bf16")
+
+
 @pytest.mark.parametrize("name", ["model.safetensors", "encode.onnx", "vocabulary.parquet", "golden.safetensors"])
 def test_a_flipped_byte_or_missing_file_is_refused_by_name(bundle_folder, tmp_path, name):
     damaged = shutil.copytree(bundle_folder, tmp_path / "damaged")
@@ -132,7 +152,7 @@ def test_a_manifest_changed_after_the_export_is_refused(bundle_folder, tmp_path)
         "other buckets": lambda facts: facts["time_thresholds_ms"].__setitem__(3, 5),
         "other digest": lambda facts: facts.update(model_digest="0" * 40),
         "a fact gone": lambda facts: facts.pop("tasks"),
-        "another fact gone": lambda facts: facts.pop("microbatch_size"),
+        "another fact gone": lambda facts: facts.pop("declaration"),
     }
     for name, change in changes.items():
         folder = shutil.copytree(bundle_folder, tmp_path / name)

@@ -99,7 +99,7 @@ def toy_bundle(kind: Kind, *, digest: str = "model", salt: int = 1, exclude_seen
         tasks=("like", "buy"),
         vocabulary=ToyVocabulary(),
         item_vectors=vectors / np.linalg.norm(vectors, axis=1, keepdims=True),
-        compute=lambda num_pages, path, num_threads: ToyCompute(num_pages, salt=salt),
+        compute=lambda num_pages, **options: ToyCompute(num_pages, salt=salt),
     )
 
 

@@ -1,0 +1,77 @@
+"""What the operator of a model server sets: `serving.toml` in the state folder, defaults for the rest.
+
+Invariant: an option decides speed, memory and what is kept, never what a score is (`cache_dtype` but for its rounding).
+"""
+
+import tomllib
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, get_args
+
+from gr_platform.bundle.compute import CacheType, ComputePath
+from gr_platform.errors import UserError
+
+FILE = "serving.toml"
+_CHOICES = {"compute": get_args(ComputePath), "cache_dtype": get_args(CacheType)}
+_FROM_ZERO = ("cache_bytes", "num_threads", "log_bytes", "log_seconds", "history_bytes")
+_FROM_ONE = ("retrieval_depth", "max_batch_size", "max_queue", "max_in_flight")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServingOptions:
+    """cache_bytes: bound of each model's K/V cache; num_threads: 0 = what the machine has.
+
+    compute: what computes, "auto", "torch" or "onnx" (`Bundle.compute`); cache_dtype: what K/V are kept in, fp16 and
+    bf16 on a GPU alone. max_batch_size: users of one step; max_queue: requests in one model, above which more are
+    refused; max_in_flight: the same of recommendations; retrieval_depth: items that a recommendation ranks.
+    shadow_share: of recommendations that the challenger scores too, 0 to 1. log_bytes: of the served log on disk, 0 =
+    none is kept; log_seconds: how long a row may wait to be written. history_bytes: of events appended to histories.
+    """
+
+    cache_bytes: int = 256 << 20
+    num_threads: int = 0
+    compute: ComputePath = "auto"
+    cache_dtype: CacheType = "fp32"
+    max_batch_size: int = 32
+    max_queue: int = 256
+    max_in_flight: int = 256
+    retrieval_depth: int = 50
+    shadow_share: float = 0.0
+    log_bytes: int = 1 << 30
+    log_seconds: float = 60.0
+    history_bytes: int = 1 << 30
+
+    def __post_init__(self) -> None:
+        for name, allowed in _CHOICES.items():
+            if getattr(self, name) not in allowed:
+                raise ValueError(
+                    f"ServingOptions.{name} is {getattr(self, name)!r}, must be one of {', '.join(allowed)}"
+                )
+        for names, least in ((_FROM_ZERO, 0), (_FROM_ONE, 1)):
+            for name in names:
+                if getattr(self, name) < least:
+                    raise ValueError(f"ServingOptions.{name} is {getattr(self, name)}, must be at least {least}")
+        if not 0.0 <= self.shadow_share <= 1.0:
+            raise ValueError(f"ServingOptions.shadow_share is {self.shadow_share}, must be from 0 to 1")
+
+
+def read(home: Path) -> ServingOptions:
+    """Return the options in `serving.toml` of a state folder, or the defaults. Raises UserError naming the option."""
+    path = home / FILE
+    if not path.exists():
+        return ServingOptions()
+    try:
+        given: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"$GR_HOME/{FILE} is no valid TOML ({error}); mend it, or delete it for the defaults") from None
+    types = {field.name: type(field.default) for field in fields(ServingOptions)}
+    for name, value in given.items():
+        if name not in types:
+            raise UserError(f"$GR_HOME/{FILE} sets {name}, which is no option; there are {', '.join(types)}")
+        fits = type(value) is types[name] or (types[name] is float and type(value) is int)
+        if not fits:
+            raise UserError(f"$GR_HOME/{FILE} sets {name} to {value!r}, it must be of type {types[name].__name__}")
+    try:
+        return ServingOptions(**given)
+    except ValueError as error:
+        raise UserError(f"$GR_HOME/{FILE}: {error}") from None
