@@ -6,10 +6,10 @@ BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check lint up down bench clean
+.PHONY: help setup demo test test-faults check lint up down bench clean
 
 help: ## show this list
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready $(SERVING)/.ready ## create both environments (does nothing when they are current)
 
@@ -28,8 +28,11 @@ lint: setup
 check: lint ## lint, format, types, Dagster definitions
 	@DAGSTER_HOME="$(CURDIR)/dagster_home" $(BIN)/dg check defs
 
-test: check ## lint, format, types and all tests
-	@$(BIN)/python -m pytest
+test: check ## lint, format, types and all tests but the slow faults
+	@$(BIN)/python -m pytest -m "not faults"
+
+test-faults: setup ## break processes, disks and shared memory under a real model server (minutes; best as root)
+	@$(BIN)/python -m pytest -m faults
 
 up: setup ## start Dagster, MLflow and the model server; prints their addresses
 	@$(BIN)/gr up

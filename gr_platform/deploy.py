@@ -52,8 +52,13 @@ def deploy(home: Path, ds: str) -> Deployment:
     if folders:
         chosen = options.read(home)
         # A challenger that may not serve is what a shadow is for: what it says of live requests is logged.
+        # One that fails its golden requests would not load, and the pair with it.
         refused = verdict.reasons and contenders.get("ranking") != verdict.serving.get("ranking")
-        shadow = bundle_of(home, ds, "ranking", contenders["ranking"]) if refused and chosen.shadow_share else None
+        shadow = (
+            bundle_of(home, ds, "ranking", contenders["ranking"])
+            if refused and parity_ok["ranking"] and chosen.shadow_share
+            else None
+        )
         loaded = swap.deploy(home, folders["retrieval"], folders["ranking"], chosen, shadow=shadow)
     promotion.settle(home, verdict)
     if not folders:

@@ -6,10 +6,12 @@ server's log only. Imported inside the model server, so `pb_utils` (its own modu
 """
 
 import json
+import os
+import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +25,7 @@ from gr_platform.bundle.load import load
 from gr_platform.bundle.verify import SHORT_TOLERANCE, TOLERANCE, parity
 from gr_platform.errors import UserError
 from serving import calls
+from serving.engine import recent
 from serving.engine.engine import Engine, Limits
 from serving.engine.jobs import DEFAULT_PRIORITY, Job, Terms
 from serving.engine.model import Model
@@ -31,6 +34,11 @@ from serving.engine_metrics import EngineMetrics
 PRIORITY = "gr_priority"
 # Sending an answer is a round trip to the server's process: the engine computes on meanwhile.
 NUM_SENDERS = 4
+# Of the thread that loads and warms up: the old model of a swap goes on serving on the same cores.
+LOADING_NICENESS = 10
+KEEP_EVERY_S = 5.0
+# How long a model may take to encode the histories asked for last before it answers.
+ENCODE_AHEAD_S = 10.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,9 +65,32 @@ class ModelSettings:
             num_threads=int(parameters["num_threads"]) or settings.num_threads(),
         )
 
+    @property
+    def recent_histories(self) -> Path:
+        """The file of the histories that this model was asked for last, whatever pair it belonged to."""
+        return settings.home() / "serving" / "recent" / f"{self.name}.safetensors"
+
     def limits(self) -> Limits:
         """Return what the engine takes at once."""
         return Limits(max_queue=int(self.parameters["max_queue"]), max_users=int(self.parameters["max_batch_size"]))
+
+
+class Keeper:
+    """Saves the histories asked for last every few seconds, so that the next model may begin with them."""
+
+    def __init__(self, engine: Engine, own: ModelSettings) -> None:
+        self._engine, self._path, self._closing = engine, own.recent_histories, threading.Event()
+        self._thread = threading.Thread(target=self._run, name="gr-keeper", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """End, without saving: the next model has loaded by now."""
+        self._closing.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        while not self._closing.wait(KEEP_EVERY_S):
+            self._engine.recent.save(self._path, self._engine.model.bundle.declaration.name)
 
 
 class EngineModel(ABC):
@@ -79,12 +110,11 @@ class EngineModel(ABC):
         """
         own = ModelSettings.of(args)
         try:
-            model = self._loaded(own)
+            self._engine = _aside(self._loaded, own)
         except UserError as error:
             raise self.pb_utils.TritonModelException(str(error)) from None
-        model.warm_up()
-        self._engine = Engine(model, own.limits())
         self._metrics = EngineMetrics(self.pb_utils, own.name, self._engine)
+        self._keeper = Keeper(self._engine, own)
         self._senders = ThreadPoolExecutor(NUM_SENDERS, thread_name_prefix="gr-sender")
         self._engine.start()
 
@@ -114,6 +144,7 @@ class EngineModel(ABC):
         self._engine.close()
         self._senders.shutdown()
         self._metrics.close()
+        self._keeper.close()
         del self._engine
 
     @abstractmethod
@@ -124,8 +155,9 @@ class EngineModel(ABC):
     def encode(self, result: Any) -> Mapping[str, np.ndarray]:
         """Return the output tensors of a result."""
 
-    def _loaded(self, own: ModelSettings) -> Model:
-        """Return the model, after the parity gate. Raises UserError."""
+    def _loaded(self, own: ModelSettings) -> Engine:
+        """Return the engine of a model that passed the parity gate, warmed up, and with the histories asked for last in
+        its cache. Raises UserError."""
         bundle = load(own.bundle)
         cache_dtype = cast(CacheType, own.parameters["cache_dtype"])
         model = self.model(
@@ -141,7 +173,16 @@ class EngineModel(ABC):
                 f"the bundle's scores differ from those of its golden requests by {measured.max_abs_error:.2e} of "
                 f"{measured.max_abs_reference:.2e}, at most {measured.tolerance:.0e} of it is allowed; export it again"
             )
-        return model
+        model.warm_up()
+        engine = Engine(model, own.limits())
+        histories = recent.load(
+            own.recent_histories,
+            bundle.declaration.name,
+            num_rows=bundle.vocabulary.num_rows,
+            most_tokens=model.longest,
+        )
+        engine.encode_ahead(histories, ENCODE_AHEAD_S)
+        return engine
 
     def _array(self, request: Any, name: str) -> np.ndarray:
         values: np.ndarray = self.pb_utils.get_input_tensor_by_name(request, name).as_numpy()
@@ -175,6 +216,22 @@ class EngineModel(ABC):
             self.pb_utils.Logger.log_error("event=answer_not_sent " + traceback.format_exc())
             error = self.pb_utils.TritonError(calls.INTERNAL_TEXT, self.pb_utils.TritonError.INTERNAL)
             sender.send(self.pb_utils.InferenceResponse(error=error), flags=final)
+
+
+def _aside(load_model: Callable[[ModelSettings], Engine], own: ModelSettings) -> Engine:
+    """Return what `load_model` returns, from a thread that yields the CPU to the models that serve meanwhile.
+
+    Threads that torch and ONNX Runtime start would stay as yielding, and only root could change it back: so it is done
+    where they start none.
+    """
+
+    def run() -> Engine:
+        if own.num_threads == 1:
+            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), LOADING_NICENESS)
+        return load_model(own)
+
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(run).result()
 
 
 def _terms(request: Any, arrived: float) -> Terms:

@@ -47,7 +47,7 @@ class Supervisor:
         self._reloads: dict[str, list[float]] = defaultdict(list)
         self._restarts: list[float] = []
         self._gone_since: float | None = None
-        self._quiet_until = 0.0
+        self._quiet_until: dict[str, float] = defaultdict(float)
         self._health = Health(state="serving", checked_at=0.0)
         self._written_at = 0.0
 
@@ -99,12 +99,12 @@ class Supervisor:
         if not (self._home / swap.JOURNAL).exists():
             return False
         with self._alone() as alone:
-            if not alone or time.monotonic() < self._quiet_until:
+            if not alone or time.monotonic() < self._quiet_until[swap.JOURNAL]:
                 return False
             try:
                 return swap.undo_interrupted(self._home)
             except UserError as error:
-                self._restart_or_rest(str(error))
+                self._restart_or_rest(swap.JOURNAL, str(error))
                 return True
 
     def _look_at_models(self) -> None:
@@ -119,7 +119,8 @@ class Supervisor:
         for found in checks:
             watch = self._watches.setdefault(found.model, ModelWatch(self._policy))
             work = partial(canary.work_done, self._handle.metrics_address, found.model)
-            if reason := watch.judge(found, wanted[found.model], time.monotonic(), work):
+            reason = watch.judge(found, wanted[found.model], time.monotonic(), work)
+            if reason and time.monotonic() >= self._quiet_until[found.model]:
                 # One at a time: a model that calls a dead one comes back with it.
                 self._heal(found.model, reason)
                 return
@@ -135,11 +136,11 @@ class Supervisor:
 
     def _heal(self, model: str, reason: str) -> None:
         with self._alone() as alone:
-            if not alone or time.monotonic() < self._quiet_until:
+            if not alone:
                 return
             recent = self._reloads[model] = _within(self._reloads[model], self._policy.window_s)
             if len(recent) >= self._policy.max_reloads:
-                self._restart_or_rest(f"{model} was loaded again {len(recent)} times, now {reason}")
+                self._restart_or_rest(model, f"{model} was loaded again {len(recent)} times, now {reason}")
                 return
             recent.append(time.monotonic())
             log.warning("event=reload model=%s reason=%s number=%d", model, reason, len(recent))
@@ -147,19 +148,19 @@ class Supervisor:
             try:
                 swap.reload(self._handle, model, self._policy.load_s)
             except UserError as error:
-                self._restart_or_rest(str(error))
+                self._restart_or_rest(model, str(error))
                 return
             log.info("event=reloaded model=%s seconds=%.1f", model, time.monotonic() - recent[-1])
             self._forget_canaries()
 
-    def _restart_or_rest(self, reason: str) -> None:
-        """Restart our own server; leave somebody else's alone for a while."""
-        if self._server is not None:
+    def _restart_or_rest(self, what: str, reason: str) -> None:
+        """Restart our own server; leave somebody else's alone for a while, and ours where only a challenger suffers."""
+        if self._server is not None and what != repository.SHADOW:
             self._restart(reason)
             return
-        log.error("event=external_server_needs_help reason=%r", reason)
+        log.error("event=given_up_for_now what=%s reason=%r", what, reason)
         self._note(reason)
-        self._quiet_until = time.monotonic() + self._policy.max_backoff_s
+        self._quiet_until[what] = time.monotonic() + self._policy.max_backoff_s
 
     def _restart(self, reason: str) -> None:
         """Bring the server back, however often that takes. Raises UserError when it was often enough."""

@@ -15,7 +15,7 @@ from tritonclient.grpc import model_config_pb2
 
 from gr_platform import storage
 from gr_platform.bundle import golden
-from gr_platform.bundle.verify import TOLERANCE
+from gr_platform.bundle.verify import SHORT_TOLERANCE, TOLERANCE
 from gr_platform.errors import UserError
 from gr_platform.events.declaration import Declaration
 from gr_platform.sequences.vocabulary import Vocabulary
@@ -38,7 +38,7 @@ def wanted_parameters(folder: Path, model: str) -> dict[str, str]:
 def verify(client: grpcclient.InferenceServerClient, folder: Path, models: Sequence[str]) -> None:
     """Raise UserError unless the server serves these models as the repository folder has them, with the right scores.
 
-    Scores may differ by what fp32 explains: TOLERANCE of the largest one.
+    Scores may differ by what the type of the cached K/V explains, a share of the largest one.
     """
     for model in models:
         found = canary.check(client, model, DEADLINE_S)
@@ -48,7 +48,8 @@ def verify(client: grpcclient.InferenceServerClient, folder: Path, models: Seque
             raise UserError(f"the model server goes on serving another {model} than the one that was loaded")
     for model in models:
         if (bundle := folder / model / "1" / "bundle").is_dir():
-            _ask_golden(client, model, bundle)
+            exact = wanted_parameters(folder, model).get("cache_dtype", "fp32") == "fp32"
+            _ask_golden(client, model, bundle, TOLERANCE if exact else SHORT_TOLERANCE)
 
 
 def _why(found: canary.Check) -> str:
@@ -57,7 +58,7 @@ def _why(found: canary.Check) -> str:
     return "its process died" if found.outcome is canary.Outcome.DEAD else "does not answer a smallest request"
 
 
-def _ask_golden(client: grpcclient.InferenceServerClient, model: str, bundle: Path) -> None:
+def _ask_golden(client: grpcclient.InferenceServerClient, model: str, bundle: Path, tolerance: float) -> None:
     facts = storage.read_manifest(bundle)
     judge = _Judge(
         kind=facts.kind,
@@ -69,7 +70,7 @@ def _ask_golden(client: grpcclient.InferenceServerClient, model: str, bundle: Pa
         errors.append(judge.error(client, model, request, expected))
         references.append(float(np.max(np.abs(expected))))
     # np.max, because Python's max() lets a NaN pass as the smaller one.
-    worst, allowed = float(np.max(errors)), TOLERANCE * float(np.max(references))
+    worst, allowed = float(np.max(errors)), tolerance * float(np.max(references))
     if not worst <= allowed:
         raise UserError(
             f"{model} answers the golden requests of its bundle with other scores, off by {worst:.2g} where "

@@ -47,6 +47,11 @@ class Lease:
     entries: list[_Entry] = field(default_factory=list)
     own: list[int] = field(default_factory=list)
 
+    @property
+    def first_key(self) -> bytes:
+        """The key of the first filed page, b"" if there is none: it stays as a history of more than a page grows."""
+        return self.entries[0].key if self.entries else b""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CacheCounters:

@@ -8,12 +8,15 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from gr_platform.bundle.compute import Piece, pages_for
+from gr_platform.models.tokens import Tokens
 from serving.engine.jobs import EngineError, Job, QueueFullError, Terms
 from serving.engine.model import Model
+from serving.engine.recent import RecentHistories
 from serving.engine.scheduler import share
 
 log = logging.getLogger(__name__)
@@ -52,6 +55,7 @@ class Engine:
 
     def __init__(self, model: Model, limits: Limits | None = None) -> None:
         self.model, self.limits, self.totals = model, limits or Limits(), Totals()
+        self.recent = RecentHistories()
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._arrived: deque[Job] = deque()
@@ -89,6 +93,31 @@ class Engine:
         if isinstance(outcomes[0], Exception):
             raise outcomes[0]
         return outcomes[0]
+
+    def encode_ahead(self, histories: Sequence[Tokens], seconds: float) -> int:
+        """Encode histories into the cache before anyone asks, the last ones first if time is short; return how many.
+
+        Call it before `start`.
+        """
+        until, cache, count = time.monotonic() + seconds, self.model.cache, 0
+        room = cache.num_pages
+        for tokens in reversed(histories):
+            room -= pages_for(len(tokens))
+            if room < 0 or time.monotonic() > until or (lease := cache.acquire(tokens)) is None:
+                break
+            if lease.num_cached < len(tokens):
+                piece = Piece(
+                    tokens=tokens.slice(lease.num_cached, len(tokens)),
+                    past=lease.num_cached,
+                    pages=lease.pages,
+                    keep=len(tokens) - lease.num_cached,
+                )
+                self.model.compute.encode([piece])
+                cache.commit(lease)
+            self.recent.note(lease.first_key, tokens)
+            cache.release(lease)
+            count += 1
+        return count
 
     def start(self) -> None:
         """Step in a thread of its own until `close`."""
@@ -186,6 +215,8 @@ class Engine:
     def _finish(self) -> None:
         for job in [job for job in self._running if not job.tokens_left and not job.answers_left]:
             self.totals.num_unknown += job.num_unknown
+            if job.lease is not None and job.lease.first_key:
+                self.recent.note(job.lease.first_key, job.tokens.slice(0, job.keep))
             self._end(job, self.model.result(job))
 
     def _fail(self, parts: list[tuple[Job, int]], error: Exception) -> None:

@@ -530,7 +530,8 @@ def test_full_shared_memory_gives_a_named_error_never_a_wrong_score_and_heals(
     refused = [answer for answer in answers["full"] if isinstance(answer, str)]
     for scores in answers["full"] + answers["free"]:
         if not isinstance(scores, str):
-            np.testing.assert_allclose(scores, expected, atol=1e-5 * expected.max())
+            # All scores are tiny here, and a probability is rounded as one near 1 is.
+            np.testing.assert_allclose(scores, expected, atol=1e-6)
     assert refused, "the shared memory was not full enough to tell"
     assert {answer.split(":")[0] for answer in refused} <= {"INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
     assert not [answer for answer in refused if "/" in answer], "a path reached a caller"

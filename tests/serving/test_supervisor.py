@@ -140,6 +140,19 @@ def test_a_dead_model_is_loaded_again_but_not_for_ever(tmp_path: Path, one_model
     assert "gr_ranker was loaded again 3 times, now stub_died" in health.read(tmp_path).reason
 
 
+def test_a_challenger_that_dies_again_and_again_never_costs_the_server_a_restart(
+    tmp_path: Path, one_model: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = Check(model=repository.SHADOW, outcome=Outcome.DEAD, milliseconds=1.0, error="dead", parameters={})
+    monkeypatch.setattr(Supervisor, "_wanted", lambda self: {repository.SHADOW: None})
+    monkeypatch.setattr(canary, "check", lambda client, model, deadline_s: found)
+    server = StandIn(tmp_path, [])
+    watching = Supervisor(a_handle(tmp_path), server, Policy())
+    for _ in range(6):
+        watching.tick()
+    assert (one_model, server.num_restarts) == ([repository.SHADOW] * 3, 0)
+
+
 def test_nothing_is_touched_while_a_deployment_is_under_way(tmp_path: Path, one_model: list[str]) -> None:
     watching = Supervisor(a_handle(tmp_path), StandIn(tmp_path, []), QUICK)
     with storage.exclusive(tmp_path, LOCK), ThreadPoolExecutor(1) as elsewhere:

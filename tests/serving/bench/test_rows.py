@@ -154,3 +154,20 @@ def test_a_folder_without_perf_analyzer_is_said(monkeypatch, tmp_path: Path):
     monkeypatch.setenv("GR_PERF_ANALYZER", str(tmp_path))
     with pytest.raises(UserError, match="without an executable perf_analyzer"):
         perf.rows(None, 10.0)
+
+
+def test_loads_become_one_column_each_and_a_small_picture(load_script):
+    make = load_script("docs/benchmarks/make.py")
+    stamp = {"machine": "m", "date": "d", "ok": None}
+    of_loads = [
+        row | stamp
+        for share, slowest in ((0.1, 1.0), (1.2, 4.0))
+        for row in load._of_load(records(9, done=slowest, cacheable=2, cached=1), REPORT, share, 3.0)
+    ]
+    alone = {"name": "saturation", "value": 7.0, "unit": "1/s", "against": None, "target": None} | stamp
+    table = make.table([alone, *of_loads])
+    assert table.index("| saturation | 7 | 1/s |") < table.index("| of saturation | unit | 10 % | 120 % |")
+    assert "| latency, p99 | ms | 1,000 | 4,000 |" in table
+    picture = make.serving_plot([alone, *of_loads])
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 70_000

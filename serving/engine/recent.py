@@ -1,0 +1,88 @@
+"""The histories asked for last, kept beside the model: a new model of them encodes them before its first request.
+
+Invariant: what is kept are tokens, which no weight is part of, so nothing of an old model comes into a new one's cache;
+a file that does not fit is passed over, because without it a cache only starts empty.
+
+Item indices mean the same in the next model of a data set: its vocabulary grows at the end (sequences/vocabulary.py).
+"""
+
+import logging
+import os
+import threading
+from collections import OrderedDict
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from gr_platform.models.tokens import Tokens
+
+log = logging.getLogger(__name__)
+FIELDS = ("kinds", "items", "actions", "times", "query_times")
+# 8 MB of tokens; a cache of as many tokens is larger than most.
+MAX_TOKENS = 200_000
+
+
+class RecentHistories:
+    """The last tokens of each history, newest last, at most `max_tokens` in all. One thread notes, another may save."""
+
+    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+        self._histories: OrderedDict[bytes, Tokens] = OrderedDict()
+        self._num_tokens, self._max_tokens, self._changed = 0, max_tokens, False
+        self._lock = threading.Lock()
+
+    def note(self, key: bytes, tokens: Tokens) -> None:
+        """Remember a history under what tells it from others; a longer one of the same key takes its place."""
+        with self._lock:
+            if (before := self._histories.pop(key, None)) is not None:
+                self._num_tokens -= len(before)
+            self._histories[key] = tokens
+            self._num_tokens += len(tokens)
+            while self._num_tokens > self._max_tokens:
+                self._num_tokens -= len(self._histories.popitem(last=False)[1])
+            self._changed = True
+
+    def save(self, path: Path, dataset: str) -> None:
+        """Write the histories, if any is new since the last time; the file shows itself whole, to its owner alone."""
+        with self._lock:
+            if not self._changed:
+                return
+            self._changed = False
+            histories = list(self._histories.values())
+        arrays = {name: np.concatenate([getattr(tokens, name) for tokens in histories]) for name in FIELDS}
+        lengths = np.array([len(tokens) for tokens in histories], np.int64)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged = path.with_name(f".{path.name}-{os.getpid()}")
+        try:
+            staged.touch(mode=0o600)
+            save_file(arrays | {"lengths": lengths}, staged, metadata={"dataset": dataset})
+            os.replace(staged, path)
+        except (OSError, SafetensorError) as error:
+            # A full disk costs the next model a warm start, nobody an answer.
+            staged.unlink(missing_ok=True)
+            log.warning("event=recent_histories_not_saved reason=%s", type(error).__name__)
+
+
+def load(path: Path, dataset: str, *, num_rows: int, most_tokens: int) -> list[Tokens]:
+    """Return the saved histories of a data set, oldest first, without those that a model of this shape cannot read.
+
+    num_rows: of its item table; most_tokens: of one history.
+    """
+    try:
+        with safe_open(path, framework="numpy") as file:
+            if (file.metadata() or {}).get("dataset") != dataset:
+                return []
+            arrays = {name: file.get_tensor(name) for name in (*FIELDS, "lengths")}
+    except (OSError, SafetensorError):
+        return []
+    stops = np.cumsum(arrays["lengths"])
+    if any(len(arrays[name]) != (stops[-1] if len(stops) else 0) for name in FIELDS):
+        return []
+    whole = Tokens(**{name: arrays[name] for name in FIELDS})
+    found = [whole.slice(int(stop - length), int(stop)) for length, stop in zip(arrays["lengths"], stops, strict=True)]
+    return [
+        tokens
+        for tokens in found
+        if 0 < len(tokens) <= most_tokens and 0 <= tokens.items.min() <= tokens.items.max() < num_rows
+    ]

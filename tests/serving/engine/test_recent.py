@@ -1,0 +1,88 @@
+"""What a new model begins with: the histories of the old one, encoded by the new one alone."""
+
+import numpy as np
+import pytest
+
+from serving.engine import recent
+from serving.engine.recent import RecentHistories
+from serving.engine.requests import RankRequest
+from tests.serving.engine.toy import FIRST_ITEM, NUM_ITEMS, some_history, toy_engine
+
+NUM_ROWS = FIRST_ITEM + NUM_ITEMS
+
+
+def request(num_events: int, seed: int) -> RankRequest:
+    return RankRequest(history=some_history(num_events, seed=seed), candidates=105 + np.arange(4), request_time=10**7)
+
+
+def asked(tmp_path, *, max_tokens: int = 1000):
+    engine = toy_engine("ranking")
+    engine.recent = RecentHistories(max_tokens)
+    for seed, num_events in enumerate((12, 3, 9, 11)):
+        for length in range(1, num_events + 1):
+            engine.ask(request(length, seed))
+    engine.recent.save(tmp_path / "recent", "toy")
+    return recent.load(tmp_path / "recent", "toy", num_rows=NUM_ROWS, most_tokens=25)
+
+
+def test_a_history_that_grew_is_kept_once_and_the_newest_is_last(tmp_path):
+    histories = asked(tmp_path)
+    # Histories of less than a page have no first page in common: each is one.
+    assert [len(tokens) for tokens in histories if len(tokens) > 16] == [25, 19, 23]
+    expected = toy_engine("ranking").model.prepare(request(11, 3)).tokens
+    assert np.array_equal(histories[-1].times, expected.times)
+    assert oct((tmp_path / "recent").stat().st_mode)[-3:] == "600"
+
+
+def test_a_new_model_has_them_in_its_cache_and_scores_by_itself(tmp_path):
+    histories = asked(tmp_path)
+    new, fresh = (toy_engine("ranking", digest="new", salt=2) for _ in range(2))
+    assert new.encode_ahead(histories, 5.0) == len(histories)
+    new.model.cache.check_integrity()
+    for seed, num_events in enumerate((12, 3, 9, 11)):
+        warm, cold = new.ask(request(num_events, seed)), fresh.ask(request(num_events, seed))
+        assert np.array_equal(warm.scores, cold.scores)
+        assert warm.cached_tokens == 2 * num_events + 1
+
+
+def test_the_newest_come_first_where_room_is_short(tmp_path):
+    histories = asked(tmp_path)
+    small = toy_engine("ranking", cache_bytes=2 * (16 * (2 * 1 * 3 * 4 + 8) + 512))
+    assert small.encode_ahead(histories, 5.0) == 1
+    assert small.ask(request(11, 3)).cached_tokens == 23
+    assert toy_engine("ranking").encode_ahead(histories, -1.0) == 0
+
+
+def test_no_more_tokens_are_kept_than_the_bound_says(tmp_path):
+    assert sum(len(tokens) for tokens in asked(tmp_path, max_tokens=60)) <= 60
+
+
+def test_what_does_not_fit_is_passed_over(tmp_path):
+    path = tmp_path / "recent"
+    histories = asked(tmp_path)
+    assert recent.load(path, "another", num_rows=NUM_ROWS, most_tokens=25) == []
+    assert recent.load(path, "toy", num_rows=FIRST_ITEM, most_tokens=25) == []
+    assert max(len(t) for t in recent.load(path, "toy", num_rows=NUM_ROWS, most_tokens=20)) == 19
+    assert recent.load(tmp_path / "none", "toy", num_rows=NUM_ROWS, most_tokens=25) == []
+    path.write_bytes(path.read_bytes()[:-10])
+    assert recent.load(path, "toy", num_rows=NUM_ROWS, most_tokens=25) == []
+    assert histories
+
+
+def test_a_full_disk_costs_no_answer(tmp_path, monkeypatch, caplog):
+    engine = toy_engine("ranking")
+    engine.ask(request(9, 1))
+
+    def full(*_: object, **__: object) -> None:
+        raise OSError("no space left on device")
+
+    monkeypatch.setattr(recent, "save_file", full)
+    engine.recent.save(tmp_path / "recent", "toy")
+    assert "recent_histories_not_saved" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", ["ranking", "retrieval"])
+def test_an_engine_that_was_never_asked_saves_nothing(tmp_path, kind):
+    toy_engine(kind).recent.save(tmp_path / "recent", "toy")
+    assert list(tmp_path.iterdir()) == []
