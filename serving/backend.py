@@ -29,6 +29,7 @@ from serving.engine import recent
 from serving.engine.engine import Engine, Limits
 from serving.engine.jobs import DEFAULT_PRIORITY, Job, Terms
 from serving.engine.model import Model
+from serving.engine.requests import InvalidRequestError
 from serving.engine_metrics import EngineMetrics
 
 PRIORITY = "gr_priority"
@@ -238,8 +239,10 @@ def _terms(request: Any, arrived: float) -> Terms:
     """Return how the caller wants to be served."""
     timeout_us = request.timeout()
     priority = calls.parameters_of(request).get(PRIORITY, DEFAULT_PRIORITY)
+    if not isinstance(priority, int):
+        raise InvalidRequestError(f"the parameter {PRIORITY} must be a whole number")
     return Terms(
-        priority=int(priority),
+        priority=priority,
         deadline=arrived + timeout_us / 1e6 if timeout_us else None,
         is_cancelled=request.is_cancelled,
     )

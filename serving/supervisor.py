@@ -64,7 +64,8 @@ class Supervisor:
         finally:
             self._pool.shutdown(cancel_futures=True)
             self._client.close()
-        health.forget(self._home)
+            if self._health.state != "failed":
+                health.forget(self._home)
 
     def stop(self) -> None:
         """Have `run` return; safe from any thread."""
@@ -104,8 +105,9 @@ class Supervisor:
             try:
                 return swap.undo_interrupted(self._home)
             except UserError as error:
-                self._restart_or_rest(swap.JOURNAL, str(error))
-                return True
+                reason = str(error)
+        self._restart_or_rest(swap.JOURNAL, reason)
+        return True
 
     def _look_at_models(self) -> None:
         if self._gone_since is not None:
@@ -138,20 +140,26 @@ class Supervisor:
         with self._alone() as alone:
             if not alone:
                 return
-            recent = self._reloads[model] = _within(self._reloads[model], self._policy.window_s)
-            if len(recent) >= self._policy.max_reloads:
-                self._restart_or_rest(model, f"{model} was loaded again {len(recent)} times, now {reason}")
-                return
-            recent.append(time.monotonic())
-            log.warning("event=reload model=%s reason=%s number=%d", model, reason, len(recent))
-            self._note(f"{reason} {model}", num_reloads=self._health.num_reloads + 1)
-            try:
-                swap.reload(self._handle, model, self._policy.load_s)
-            except UserError as error:
-                self._restart_or_rest(model, str(error))
-                return
-            log.info("event=reloaded model=%s seconds=%.1f", model, time.monotonic() - recent[-1])
-            self._forget_canaries()
+            failure = self._reload(model, reason)
+        # With the lock given back: a deployment need not wait for a server that comes back slowly.
+        if failure is not None:
+            self._restart_or_rest(model, failure)
+
+    def _reload(self, model: str, reason: str) -> str | None:
+        """Return why loading the model again did not help, or None if it did."""
+        recent = self._reloads[model] = _within(self._reloads[model], self._policy.window_s)
+        if len(recent) >= self._policy.max_reloads:
+            return f"{model} was loaded again {len(recent)} times, now {reason}"
+        recent.append(time.monotonic())
+        log.warning("event=reload model=%s reason=%s number=%d", model, reason, len(recent))
+        self._note(f"{reason} {model}", num_reloads=self._health.num_reloads + 1)
+        try:
+            swap.reload(self._handle, model, self._policy.load_s)
+        except UserError as error:
+            return str(error)
+        log.info("event=reloaded model=%s seconds=%.1f", model, time.monotonic() - recent[-1])
+        self._forget_canaries()
+        return None
 
     def _restart_or_rest(self, what: str, reason: str) -> None:
         """Restart our own server; leave somebody else's alone for a while, and ours where only a challenger suffers."""

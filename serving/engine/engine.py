@@ -21,6 +21,8 @@ from serving.engine.scheduler import share
 
 log = logging.getLogger(__name__)
 Outcome = Any
+# Requests of a step whose callers are asked for: with hundreds in the engine, asking would take more time than answering.
+MAX_ASKED = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,8 +142,9 @@ class Engine:
     def step(self) -> None:
         """Move every job on as far as its share of one step goes."""
         self._take_arrived()
-        self._drop_dead()
+        self._drop_late()
         self._admit()
+        self._drop_gone()
         self._encode()
         self._answer()
         self._finish()
@@ -154,16 +157,27 @@ class Engine:
                     self._wake.wait()
                 if self._closing and not self.num_jobs:
                     return
-            self.step()
+            try:
+                self.step()
+            except Exception as error:
+                self._fail([(job, 0) for job in [*self._waiting, *self._running]], error)
 
     def _take_arrived(self) -> None:
         while self._arrived:
             self._waiting.append(self._arrived.popleft())
 
-    def _drop_dead(self) -> None:
+    def _drop_late(self) -> None:
         now = time.monotonic()
         for job in [*self._waiting, *self._running]:
-            if (failure := job.failure(now)) is not None:
+            if (failure := job.late(now)) is not None:
+                self._end(job, failure)
+
+    def _drop_gone(self) -> None:
+        """End requests whose callers have gone, before anything is computed for them: one that waits costs nothing."""
+        now = time.monotonic()
+        jobs = [job for job in self._running if job.may_be_gone(now)]
+        for job in sorted(jobs, key=lambda job: job.asked)[:MAX_ASKED]:
+            if (failure := job.gone(now)) is not None:
                 self._end(job, failure)
 
     def _admit(self) -> None:

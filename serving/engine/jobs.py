@@ -73,7 +73,7 @@ class Job:
     row: np.ndarray | None = None
     arrived: float = field(default_factory=time.monotonic)
     admitted: float = 0.0
-    next_poll: float = 0.0
+    asked: float = 0.0
 
     @property
     def tokens_left(self) -> int:
@@ -101,15 +101,19 @@ class Job:
             keep=min(stop, self.keep) - start,
         )
 
-    def failure(self, now: float) -> EngineError | None:
-        """Return why the job must not go on, or None: its deadline has passed, or its caller has gone."""
-        if self.terms.deadline is not None and now > self.terms.deadline:
-            waited = 1e3 * (now - self.arrived)
-            return LateError(
-                f"the request's deadline passed after {waited:.0f} ms in the engine; nothing was computed on"
-            )
-        if self.terms.is_cancelled is not None and now >= self.next_poll:
-            self.next_poll = now + CANCEL_POLL_S
-            if now - self.arrived >= CANCEL_POLL_S and self.terms.is_cancelled():
-                return CancelledError("the caller has cancelled the request")
-        return None
+    def late(self, now: float) -> LateError | None:
+        """Return that the job's deadline has passed, or None."""
+        if self.terms.deadline is None or now <= self.terms.deadline:
+            return None
+        waited = 1e3 * (now - self.arrived)
+        return LateError(f"the request's deadline passed after {waited:.0f} ms in the engine; nothing was computed on")
+
+    def may_be_gone(self, now: float) -> bool:
+        """Return whether it is time to ask if the caller has gone."""
+        return self.terms.is_cancelled is not None and now - max(self.arrived, self.asked) >= CANCEL_POLL_S
+
+    def gone(self, now: float) -> CancelledError | None:
+        """Ask whether the caller has gone; return that it has, or None."""
+        self.asked = now
+        cancelled = self.terms.is_cancelled is not None and self.terms.is_cancelled()
+        return CancelledError("the caller has cancelled the request") if cancelled else None

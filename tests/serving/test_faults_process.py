@@ -21,11 +21,11 @@ import numpy as np
 import psutil
 import pytest
 
-from gr_platform import settings
+from gr_platform import settings, storage
 from gr_platform.errors import UserError, sentence_for
 from serving import health, repository, swap, verification
 from serving.client import Client, History, ServingError
-from serving.handle import ServerHandle, attach
+from serving.handle import ServerHandle, attach, record_path
 from serving.repository import ServingOptions
 from serving.server import EmbeddedServer
 from serving.supervisor import Supervisor
@@ -358,6 +358,25 @@ def test_a_model_that_somebody_took_away_is_loaded_again(served: Served) -> None
     served.assert_right()
 
 
+@pytest.mark.faults
+def test_a_pair_is_deployed_into_an_external_server_that_shares_the_folder(
+    served: Served, other_pair: dict[str, Path]
+) -> None:
+    ours = served.handle
+    stranger = replace(ours, external=True, pid=0, create_time=0.0, instance="external-test")
+    storage.write_text(record_path(served.home), stranger.to_json())
+    try:
+        assert deploy(served.home, other_pair["retrieval"], other_pair["ranking"])
+        scores = offline(other_pair["ranking"]).scores(HISTORY, CANDIDATES, after(HISTORY))
+        np.testing.assert_allclose(served.scores(), scores, atol=1e-5 * scores.max())
+        assert deploy(served.home, served.pair["retrieval"], served.pair["ranking"])
+        served.assert_right()
+        stranger.stop()
+        assert ours.alive
+    finally:
+        storage.write_text(record_path(served.home), ours.to_json())
+
+
 def free_ports(count: int) -> list[int]:
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
@@ -409,6 +428,7 @@ def test_what_a_killed_supervisor_leaves_is_cleaned_by_the_next_one(
         assert handle is not None
         with Client(handle.grpc_address, deadline_s=30) as client:
             assert client.score(HISTORY, CANDIDATES, request_time=after(HISTORY)).scores.shape == (6, 2)
+        wait_for(lambda: health.read(tmp_path))
         again.send_signal(signal.SIGTERM)
         assert again.wait(timeout=60) == 0
     assert carrying(handle.instance) == []

@@ -26,7 +26,7 @@ SURFACE = {
     "compare": "FIRST SECOND --dataset",
     "experiment": "NAME --cell --list --data --scale --json",
     "bench": "NAME --aot --events --json",
-    "serve": "--grpc-port --http-port --metrics-port",
+    "serve": "--grpc-port --http-port --metrics-port --attach",
     "recommend": "--user -k --at --server-history",
     "score": "--user --items --at",
 }
