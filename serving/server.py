@@ -30,6 +30,8 @@ READY_TIMEOUT_S = 120.0
 LOCK = "model-server"
 # What is left of a server that is given up gets this long for the requests it may still answer.
 RESTART_GRACE_S = 3.0
+# The server's threads read JSON on their stacks, which in release 24.10 five megabytes of it overflow: 256 MiB, in KiB.
+STACK_KB = 262_144
 _KEPT_LOGS = 3
 _RESTRICTED = "model-repository,shared-memory,trace,logging"
 
@@ -146,6 +148,8 @@ def _arguments(handle: ServerHandle, caches: Path, models: tuple[str, ...]) -> l
         "strict-readiness": "false",
         # A model that once failed to load never counts as gone, so this much is waited at every stop after it.
         "exit-timeout-secs": 10,
+        # Requests kept for use again are as large as the largest ones that came, and never shrink.
+        "grpc-infer-allocation-pool-size": 0,
         "backend-config": f"python,shm-region-prefix-name={handle.instance}",
         "grpc-restricted-protocol": f"{_RESTRICTED}:admin-key={handle.admin_key}",
         "http-restricted-api": f"{_RESTRICTED}:admin-key={handle.admin_key}",
@@ -164,7 +168,12 @@ def _spawn(command: list[str], environment: dict[str, str], home: Path) -> subpr
     with file.open("wb") as stream:
         # A session of its own: Ctrl-C in a terminal reaches the caller, which then stops the server in order.
         return subprocess.Popen(
-            command, stdin=subprocess.DEVNULL, stdout=stream, stderr=stream, env=environment, start_new_session=True
+            ["/bin/sh", "-c", f'ulimit -S -s {STACK_KB}; exec "$@"', "sh", *command],
+            stdin=subprocess.DEVNULL,
+            stdout=stream,
+            stderr=stream,
+            env=environment,
+            start_new_session=True,
         )
 
 
@@ -181,12 +190,22 @@ def _wait_until_ready(
 ) -> None:
     deadline = time.monotonic() + timeout_s
     while process.poll() is None and time.monotonic() < deadline:
-        if handle.is_ready(models):
+        if handle.is_ready(models) and _listens(handle.http_address) and _listens(handle.metrics_address):
             return
         time.sleep(0.05)
     what = f"exited with status {process.poll()}" if process.poll() is not None else f"was not ready in {timeout_s:g} s"
     reason = last_useful_line((handle.home / LOG).read_text(encoding="utf-8", errors="replace"))
     raise UserError(f"the model server {what}: {reason or 'it logged no reason'} (see $GR_HOME/{LOG})")
+
+
+def _listens(address: str) -> bool:
+    """Return whether somebody takes connections there: the server opens its other ports after the gRPC one."""
+    host, port = address.split(":")
+    try:
+        socket.create_connection((host, int(port)), timeout=1).close()
+    except OSError:
+        return False
+    return True
 
 
 def _choose_ports(wanted: Ports) -> Ports:

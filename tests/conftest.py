@@ -43,7 +43,7 @@ def random_bundle():
     from gr_platform.models.recipes import tiny
     from gr_platform.sequences.vocabulary import NUM_OOV
 
-    def write(folder, kind, *, num_items=200, item_ids=None, seed=0, metrics=None, config=None, **declared):
+    def write(folder, kind, *, num_items=200, item_ids=None, seed=0, metrics=None, config=None, scale=5.0, **declared):
         folder.mkdir(parents=True, exist_ok=True)
         declaration = Declaration(
             **{
@@ -69,7 +69,7 @@ def random_bundle():
         with torch.no_grad():
             # As large as trained weights, so that every term shows in the scores.
             for parameter in model.parameters():
-                parameter.mul_(5.0)
+                parameter.mul_(scale)
         save_file(model.state_dict(), source / "model.safetensors")
         facts = export.write_bundle(
             folder,

@@ -18,12 +18,15 @@ for config in "$GR_HOME"/model_repository/*/config.pbtxt; do
         set -- "$@" "--load-model=$(basename "$(dirname "$config")")"
     fi
 done
+# As the embedded server has it (STACK_KB in serving/server.py), where the container allows it.
+ulimit -S -s 262144 || true
 exec tritonserver \
     --model-repository="$GR_HOME/model_repository" \
     --model-control-mode=explicit \
     --strict-readiness=false \
     --disable-auto-complete-config \
     --exit-timeout-secs=10 \
+    --grpc-infer-allocation-pool-size=0 \
     --backend-config=python,shm-region-prefix-name=gr \
     --grpc-address=0.0.0.0 --grpc-port=8001 \
     --http-address=0.0.0.0 --http-port=8000 \

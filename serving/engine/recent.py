@@ -16,6 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from gr_platform.bundle.compute import PAGE_TOKENS
 from gr_platform.models.tokens import Tokens
 
 log = logging.getLogger(__name__)
@@ -25,7 +26,10 @@ MAX_TOKENS = 200_000
 
 
 class RecentHistories:
-    """The last tokens of each history, newest last, at most `max_tokens` in all. One thread notes, another may save."""
+    """The last tokens of each history, newest last, at most `max_tokens` in all; a history counts as a page at least.
+
+    One thread notes, another may save.
+    """
 
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         self._histories: OrderedDict[bytes, Tokens] = OrderedDict()
@@ -36,11 +40,11 @@ class RecentHistories:
         """Remember a history under what tells it from others; a longer one of the same key takes its place."""
         with self._lock:
             if (before := self._histories.pop(key, None)) is not None:
-                self._num_tokens -= len(before)
+                self._num_tokens -= _size(before)
             self._histories[key] = tokens
-            self._num_tokens += len(tokens)
+            self._num_tokens += _size(tokens)
             while self._num_tokens > self._max_tokens:
-                self._num_tokens -= len(self._histories.popitem(last=False)[1])
+                self._num_tokens -= _size(self._histories.popitem(last=False)[1])
             self._changed = True
 
     def save(self, path: Path, dataset: str) -> None:
@@ -62,6 +66,11 @@ class RecentHistories:
             # A full disk costs the next model a warm start, nobody an answer.
             staged.unlink(missing_ok=True)
             log.warning("event=recent_histories_not_saved reason=%s", type(error).__name__)
+
+
+def _size(tokens: Tokens) -> int:
+    """Return what a history counts for: one of few tokens takes as much memory as one of a page."""
+    return max(len(tokens), PAGE_TOKENS)
 
 
 def load(path: Path, dataset: str, *, num_rows: int, most_tokens: int) -> list[Tokens]:

@@ -42,7 +42,7 @@ def test_of_several_bundles_of_a_run_the_current_one_is_taken_else_the_youngest(
 
 
 def test_a_version_without_a_bundle_is_an_error_that_names_what_is_damaged(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="version 3 has no bundle; run gr materialize --select bundle$"):
+    with pytest.raises(UserError, match=r"version 3 has no bundle; run gr materialize --select bundle$"):
         deploy.bundle_of(tmp_path, DS, "ranking", version("run"))
     (bundle(tmp_path, "ranking-a", "run") / storage.MANIFEST).write_text("{")
     with pytest.raises(UserError, match=r"--select bundle \(.*is not valid JSON"):

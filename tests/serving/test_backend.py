@@ -179,6 +179,13 @@ def test_a_full_queue_a_passed_deadline_and_a_gone_caller_have_their_codes(model
     assert all(request.answer().error is None for request in others if request not in refused)
 
 
+def test_a_priority_that_is_no_number_is_refused_by_name(model):
+    request = FakeRequest(tensors(), parameters={backend.PRIORITY: "high"})
+    model.execute([request])
+    assert request.answer().error.code == "INVALID_ARG"
+    assert request.answer().error.message == "the parameter gr_priority must be a whole number"
+
+
 def test_an_answer_that_finds_no_shared_memory_becomes_an_error(model, caplog):
     request = FakeRequest(tensors())
     request.fails = 1

@@ -25,7 +25,7 @@ from gr_platform import settings, storage
 from gr_platform.errors import UserError, sentence_for
 from serving import health, repository, swap, verification
 from serving.client import Client, History, ServingError
-from serving.handle import ServerHandle, attach, record_path
+from serving.handle import ServerHandle, attach, record_path, sweep
 from serving.repository import ServingOptions
 from serving.server import EmbeddedServer
 from serving.supervisor import Supervisor
@@ -393,6 +393,13 @@ def carrying(instance: str) -> list[psutil.Process]:
     ]
 
 
+@pytest.fixture
+def state(tmp_path: Path) -> Iterator[Path]:
+    """A state folder of which no process is left, whatever a test does."""
+    yield tmp_path
+    sweep(tmp_path)
+
+
 @contextmanager
 def gr_serve(state: Path, ports: list[int]) -> Iterator[subprocess.Popen[bytes]]:
     options = [f"--{name}-port={port}" for name, port in zip(("grpc", "http", "metrics"), ports, strict=True)]
@@ -408,31 +415,31 @@ def gr_serve(state: Path, ports: list[int]) -> Iterator[subprocess.Popen[bytes]]
 @pytest.mark.faults
 @pytest.mark.parametrize("when", ["while it serves", "while it starts"])
 def test_what_a_killed_supervisor_leaves_is_cleaned_by_the_next_one(
-    tmp_path: Path, pair: dict[str, Path], when: str
+    state: Path, pair: dict[str, Path], when: str
 ) -> None:
-    repository.publish(tmp_path, pair["retrieval"], pair["ranking"])
+    repository.publish(state, pair["retrieval"], pair["ranking"])
     ports = free_ports(3)
-    with gr_serve(tmp_path, ports) as killed:
-        folders = (tmp_path / "serving").glob("backends-*")
-        wait_for(lambda: list((tmp_path / "serving").glob("backends-*")))
+    with gr_serve(state, ports) as killed:
+        folders = (state / "serving").glob("backends-*")
+        wait_for(lambda: list((state / "serving").glob("backends-*")))
         instance = next(folders).name.removeprefix("backends-")
-        wait_for(lambda: carrying(instance) if when == "while it starts" else attach(tmp_path))
+        wait_for(lambda: carrying(instance) if when == "while it starts" else attach(state))
         killed.kill()
         killed.wait()
     assert carrying(instance) != []
-    with gr_serve(tmp_path, ports) as again:
-        wait_for(lambda: (now := attach(tmp_path)) is not None and now.instance != instance)
+    with gr_serve(state, ports) as again:
+        wait_for(lambda: (now := attach(state)) is not None and now.instance != instance)
         assert carrying(instance) == []
         assert list(Path("/dev/shm").glob(f"{instance}*")) == []
-        handle = attach(tmp_path)
+        handle = attach(state)
         assert handle is not None
         with Client(handle.grpc_address, deadline_s=30) as client:
             assert client.score(HISTORY, CANDIDATES, request_time=after(HISTORY)).scores.shape == (6, 2)
-        wait_for(lambda: health.read(tmp_path))
+        wait_for(lambda: health.read(state))
         again.send_signal(signal.SIGTERM)
         assert again.wait(timeout=60) == 0
     assert carrying(handle.instance) == []
-    assert list((tmp_path / "serving").iterdir()) == []
+    assert list((state / "serving").iterdir()) == []
     assert list(Path("/dev/shm").glob(f"{handle.instance}*")) == []
 
 

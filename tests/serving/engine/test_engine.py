@@ -9,8 +9,8 @@ import pytest
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
-from serving.engine.engine import Engine, Limits
-from serving.engine.jobs import CancelledError, LateError, QueueFullError, Terms
+from serving.engine.engine import MAX_ASKED, Engine, Limits
+from serving.engine.jobs import CANCEL_POLL_S, CancelledError, LateError, QueueFullError, Terms
 from serving.engine.requests import History, InvalidRequestError, RankRequest, RetrieveRequest
 from serving.engine.scheduler import share
 from tests.serving.engine.toy import history, some_history, toy_engine
@@ -112,6 +112,46 @@ def test_late_and_cancelled_requests_end_and_give_their_pages_back() -> None:
     assert engine.num_jobs == 0
     engine.model.cache.check_integrity()
     assert engine.totals.ended == {"CANCELLED": 2}
+
+
+def test_with_many_in_the_engine_few_are_asked_for_a_step_and_all_in_their_turn() -> None:
+    engine = toy_engine("ranking", limits=Limits(max_users=8))
+    asked: list[int] = []
+    for number in range(20):
+        submit(engine, rank(some_history(5), 100), Terms(is_cancelled=lambda n=number: asked.append(n) or False))
+    time.sleep(CANCEL_POLL_S)
+    for count in range(1, 3):
+        engine.step()
+        assert len(asked) == count * MAX_ASKED
+    # Those that wait for a place cost nothing, so nobody asks for them.
+    assert sorted(asked) == list(range(8))
+
+
+def test_a_caller_who_went_while_the_request_waited_gets_nothing_computed() -> None:
+    engine = toy_engine("ranking", limits=Limits(max_users=1))
+    first = submit(engine, rank(some_history(5), 20))
+    gone = submit(engine, rank(some_history(30), 20), Terms(is_cancelled=lambda: True))
+    time.sleep(CANCEL_POLL_S)
+    run(engine, first, gone)
+    assert isinstance(gone[0], CancelledError)
+    assert engine.totals.num_answers == 20
+    assert engine.model.compute.encoded_tokens == [11]
+
+
+def test_what_goes_wrong_between_computations_ends_the_requests_and_not_the_thread(caplog: Any) -> None:
+    engine = toy_engine("ranking")
+    result, engine.model.result = engine.model.result, lambda job: 1 / 0
+    engine.start()
+    broken = submit(engine, rank(some_history(5)))
+    while not broken:
+        time.sleep(0.001)
+    assert isinstance(broken[0], ZeroDivisionError)
+    assert "event=step_failed" in caplog.text
+    engine.model.result = result
+    right = submit(engine, rank(some_history(5)))
+    engine.close()
+    assert right[0].scores.shape == (5, 2)
+    engine.model.cache.check_integrity()
 
 
 def test_a_step_that_breaks_ends_its_requests_and_not_the_engine() -> None:

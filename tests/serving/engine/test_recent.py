@@ -57,6 +57,14 @@ def test_no_more_tokens_are_kept_than_the_bound_says(tmp_path):
     assert sum(len(tokens) for tokens in asked(tmp_path, max_tokens=60)) <= 60
 
 
+def test_many_short_histories_are_bounded_too():
+    kept = RecentHistories(max_tokens=160)
+    tokens = toy_engine("ranking").model.prepare(request(1, 0)).tokens
+    for number in range(1000):
+        kept.note(number.to_bytes(20, "little"), tokens)
+    assert len(kept._histories) == 10
+
+
 def test_what_does_not_fit_is_passed_over(tmp_path):
     path = tmp_path / "recent"
     histories = asked(tmp_path)
