@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from serving import calls
-from serving.backend import PRIORITY, ModelSettings
+from serving.backend import PRIORITY, ModelSettings, priority_of
 from serving.calls import CANCELLED, RefusedError
 from serving.counters import Counters
 
@@ -71,7 +71,7 @@ class Call:
         if isinstance(inputs, Mapping):
             inputs = [self._pb_utils.Tensor(name, value) for name, value in inputs.items()]
         if PRIORITY in self.parameters:
-            parameters[PRIORITY] = self.parameters[PRIORITY]
+            parameters[PRIORITY] = priority_of(self.parameters)
         timeout_us = self._left_us()
         return ask(self._pb_utils, model, inputs, outputs, self.request_id, timeout_us, **parameters)
 

@@ -73,7 +73,11 @@ class ModelSettings:
 
     def limits(self) -> Limits:
         """Return what the engine takes at once."""
-        return Limits(max_queue=int(self.parameters["max_queue"]), max_users=int(self.parameters["max_batch_size"]))
+        return Limits(
+            max_queue=int(self.parameters["max_queue"]),
+            max_wait_s=float(self.parameters["max_wait_s"]),
+            max_users=int(self.parameters["max_batch_size"]),
+        )
 
 
 class Keeper:
@@ -235,14 +239,19 @@ def _aside(load_model: Callable[[ModelSettings], Engine], own: ModelSettings) ->
         return pool.submit(run).result()
 
 
+def priority_of(parameters: Mapping[str, Any]) -> int:
+    """Return the priority that a request carries, or the default. Raises InvalidRequestError for what is no number."""
+    priority = parameters.get(PRIORITY, DEFAULT_PRIORITY)
+    if not isinstance(priority, int):
+        raise InvalidRequestError(f"the parameter {PRIORITY} must be a whole number")
+    return priority
+
+
 def _terms(request: Any, arrived: float) -> Terms:
     """Return how the caller wants to be served."""
     timeout_us = request.timeout()
-    priority = calls.parameters_of(request).get(PRIORITY, DEFAULT_PRIORITY)
-    if not isinstance(priority, int):
-        raise InvalidRequestError(f"the parameter {PRIORITY} must be a whole number")
     return Terms(
-        priority=priority,
+        priority=priority_of(calls.parameters_of(request)),
         deadline=arrived + timeout_us / 1e6 if timeout_us else None,
         is_cancelled=request.is_cancelled,
     )

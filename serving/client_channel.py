@@ -40,6 +40,9 @@ def friendly(
     """Return tritonclient's error as a sentence that says what to do."""
     code = (error.status() or "UNKNOWN").rpartition(".")[2]
     message = error.message() or "no message"
+    if code == "CANCELLED" and "deadline" in message:
+        # A model has no other code for it; it can tell a moment before the channel's own clock does.
+        code = "DEADLINE_EXCEEDED"
     if "unknown model" in message:
         advice = f"the model server at {address} has no model {model}; run gr materialize to deploy one"
         return ServingError(advice, "UNAVAILABLE")

@@ -13,7 +13,7 @@ from gr_platform.errors import UserError
 
 FILE = "serving.toml"
 _CHOICES = {"compute": get_args(ComputePath), "cache_dtype": get_args(CacheType)}
-_FROM_ZERO = ("cache_bytes", "num_threads", "log_bytes", "log_seconds", "history_bytes")
+_FROM_ZERO = ("cache_bytes", "num_threads", "log_bytes", "log_seconds", "history_bytes", "max_wait_s")
 _FROM_ONE = ("retrieval_depth", "max_batch_size", "max_queue", "max_in_flight")
 
 
@@ -23,7 +23,7 @@ class ServingOptions:
 
     compute: what computes, "auto", "torch" or "onnx" (`Bundle.compute`); cache_dtype: what K/V are kept in, fp16 and
     bf16 on a GPU alone. max_batch_size: users of one step; max_queue: requests in one model, above which more are
-    refused; max_in_flight: the same of recommendations; retrieval_depth: items that a recommendation ranks.
+    refused; max_wait_s: the same of the time they are expected to take; max_in_flight: the same of recommendations; retrieval_depth: items that a recommendation ranks.
     shadow_share: of recommendations that the challenger scores too, 0 to 1. log_bytes: of the served log on disk, 0 =
     none is kept; log_seconds: how long a row may wait to be written. history_bytes: of events appended to histories.
     """
@@ -34,6 +34,7 @@ class ServingOptions:
     cache_dtype: CacheType = "fp32"
     max_batch_size: int = 32
     max_queue: int = 256
+    max_wait_s: float = 0.5
     max_in_flight: int = 256
     retrieval_depth: int = 50
     shadow_share: float = 0.0

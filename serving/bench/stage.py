@@ -27,6 +27,7 @@ from serving.handle import ServerHandle
 from serving.server import EmbeddedServer
 
 START_TIMEOUT_S = 120.0
+MAX_WAIT_S = 0.2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -66,7 +67,8 @@ def stage(
         pairs = tuple(
             models.write_pair(home / "pairs", config, num_items=num_items, seed=seed) for seed in range(num_pairs)
         )
-        options = repository.ServingOptions(num_threads=num_threads)
+        # What would come later than it is good for is refused (load.GOOD_S).
+        options = repository.ServingOptions(num_threads=num_threads, max_wait_s=MAX_WAIT_S)
         repository.publish(home, pairs[0].retrieval, pairs[0].ranking, options)
         server = EmbeddedServer(home)
         handle = server.start(START_TIMEOUT_S)

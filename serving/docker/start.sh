@@ -1,4 +1,4 @@
-#!/bin/sh
+#!/bin/bash
 # Starts the server of the image as gr serve starts the embedded one: the same options, but for the addresses, which the
 # container's network hides, and the folders, which the image knows.
 set -eu

@@ -21,18 +21,39 @@ from serving.engine.scheduler import share
 
 log = logging.getLogger(__name__)
 Outcome = Any
-# Requests of a step whose callers are asked for: with hundreds in the engine, asking would take more time than answering.
+# Requests of a step whose callers are asked for: with hundreds in the engine, asking would take longer than answering.
 MAX_ASKED = 4
+# So many requests are taken whatever is expected: an estimate may be wrong, and a step takes several.
+MIN_QUEUE = 4
+PACE_WEIGHT, PACE_MOST = 0.1, 4.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """max_queue: requests in the engine, more are refused; max_users: of one step (1: no batching); step_tokens: new
-    tokens of a step, so that a long history does not hold the others."""
+    """max_queue: requests in the engine, more are refused; max_wait_s: how long the ones that are there may be expected
+    to take before more are refused; max_users: of one step (1: no batching); step_tokens: new tokens of a step, so that
+    a long history does not hold the others."""
 
     max_queue: int = 256
+    max_wait_s: float = 0.5
     max_users: int = 32
     step_tokens: int = 1024
+
+
+@dataclass(slots=True)
+class Pace:
+    """How long the engine has lately worked for a request: a running mean that one hiccup hardly moves."""
+
+    seconds_a_job: float = 0.0
+    _unshared: float = 0.0
+
+    def add(self, seconds: float, num_ended: int) -> None:
+        """Take in a step's time and how many requests ended with it; of a step that ended none the next ones bear it."""
+        self._unshared += seconds
+        if num_ended:
+            each, self._unshared = self._unshared / num_ended, 0.0
+            usual = self.seconds_a_job or each
+            self.seconds_a_job = usual + PACE_WEIGHT * (min(each, PACE_MOST * usual) - usual)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -57,7 +78,8 @@ class Engine:
 
     def __init__(self, model: Model, limits: Limits | None = None) -> None:
         self.model, self.limits, self.totals = model, limits or Limits(), Totals()
-        self.recent = RecentHistories()
+        self.recent, self._pace = RecentHistories(), Pace()
+        self._num_ended = 0
         self._waiting: deque[Job] = deque()
         self._running: list[Job] = []
         self._arrived: deque[Job] = deque()
@@ -75,16 +97,27 @@ class Engine:
 
         Raises InvalidRequestError, and QueueFullError if too many wait.
         """
-        if self._closing or self.num_jobs >= self.limits.max_queue:
-            self.totals.count(QueueFullError.code)
-            raise QueueFullError(
-                f"{self.limits.max_queue} requests wait for this model already; try again later, or send them slower"
-            )
+        self._check_room()
         job = self.model.prepare(request)
         job.done, job.terms = done, terms or job.terms
         with self._wake:
+            if self._closing:
+                raise self._refusal("the model is being unloaded")
             self._arrived.append(job)
             self._wake.notify()
+
+    def _check_room(self) -> None:
+        """Raise QueueFullError if too many wait, or they will take too long: what is taken is answered in time."""
+        num_jobs = self.num_jobs
+        expected_s = num_jobs * self._pace.seconds_a_job
+        if num_jobs >= self.limits.max_queue or (num_jobs >= MIN_QUEUE and expected_s > self.limits.max_wait_s):
+            raise self._refusal(
+                f"{num_jobs} requests wait for this model already, {expected_s:.1f} s of work; try again later"
+            )
+
+    def _refusal(self, reason: str) -> QueueFullError:
+        self.totals.count(QueueFullError.code)
+        return QueueFullError(reason)
 
     def ask(self, request: Any, terms: Terms | None = None) -> Any:
         """Return the result of a request, stepping until it is there. Raises what it ends with."""
@@ -245,6 +278,7 @@ class Engine:
             self._running.remove(job)
         else:
             self._waiting.remove(job)
+        self._num_ended += 1
         code = getattr(outcome, "code", "INTERNAL") if isinstance(outcome, Exception) else "ok"
         self.totals.count(code)
         try:

@@ -156,6 +156,15 @@ def test_a_call_ends_by_its_deadline_retries_included(endpoint, ask):
     assert time.monotonic() - began < 3
 
 
+def test_a_deadline_that_passed_in_the_server_is_the_callers_deadline(endpoint, ask):
+    servicer, address = endpoint
+    passed = "the request's deadline passed after 12 ms in the engine; nothing was computed on"
+    servicer.failures = [(grpc.StatusCode.CANCELLED, passed)]
+    with pytest.raises(ServingError, match="did not answer gr_retriever within 2 s") as failed:
+        ask(address, "retrieve", ONE, k=1, request_time=9, client={"deadline_s": 2})
+    assert failed.value.code == "DEADLINE_EXCEEDED"
+
+
 def test_nobody_there_is_said_with_what_to_do(ask):
     with pytest.raises(ServingError, match="start it with gr serve") as failed:
         ask("127.0.0.1:9", "metadata", client={"deadline_s": 1})

@@ -38,7 +38,7 @@ def started(tmp_path: Path) -> list[str]:
         "GR_HOME": str(tmp_path / "gr"),
         "GR_ADMIN_KEY_FILE": str(tmp_path / "key"),
     }
-    done = subprocess.run(["sh", FOLDER / "start.sh"], env=environment, capture_output=True, text=True, check=True)
+    done = subprocess.run(["bash", FOLDER / "start.sh"], env=environment, capture_output=True, text=True, check=True)
     return done.stdout.splitlines()
 
 
@@ -55,7 +55,7 @@ def test_without_a_key_or_models_the_container_does_not_start(tmp_path: Path) ->
     environment = {"PATH": os.environ["PATH"], "GR_HOME": str(tmp_path), "GR_ADMIN_KEY_FILE": str(tmp_path / "key")}
     for text, message in (("", "admin key is empty"), ("secret", "no models are deployed")):
         (tmp_path / "key").write_text(text)
-        done = subprocess.run(["sh", FOLDER / "start.sh"], env=environment, capture_output=True, text=True)
+        done = subprocess.run(["bash", FOLDER / "start.sh"], env=environment, capture_output=True, text=True)
         assert done.returncode == 1
         assert message in done.stderr
 

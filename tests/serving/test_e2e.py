@@ -15,7 +15,6 @@ from gr_platform.bundle import golden
 from serving.client import Client, History, ServingError
 from serving.engine_metrics import PERIOD_S
 from serving.repository import ServingOptions
-from serving.wire import RANKER_INPUTS
 from tests.serving.conftest import NUM_ITEMS, Offline, after, user
 
 pytestmark = pytest.mark.e2e
@@ -141,10 +140,6 @@ def test_defined_answers_of_odd_requests(client):
     history = user(8, 5)
     nothing = user(8, 0)
     assert client.score(history, [], request_time=after(history)).scores.shape == (0, 2)
-    many = np.random.default_rng(0).integers(1000, 1000 + NUM_ITEMS, 10_000)
-    scores = client.score(history, many, request_time=after(history)).scores
-    assert scores.shape == (10_000, 2)
-    assert_close(scores[:50], client.score(history, many[:50], request_time=after(history)).scores)
     assert client.score(nothing, [1000, 99], request_time=1).scores.shape == (2, 2)
     assert len(client.recommend(nothing, k=3, request_time=1).items) == 3
     assert len(client.retrieve(history, k=5, exclude=ALL_ITEMS, request_time=after(history)).items) == 0
@@ -182,39 +177,6 @@ def test_a_broken_request_is_an_invalid_argument_that_names_the_field(client, ch
         assert failed.value.code == "INVALID_ARGUMENT"
         assert message in str(failed.value)
         assert "/" not in str(failed.value)
-
-
-def ranker_inputs(**changes: np.ndarray) -> list[grpcclient.InferInput]:
-    tensors = {name: np.array([[1000]], np.int64) for name in RANKER_INPUTS}
-    tensors |= {"HISTORY_ACTIONS": np.array([[1]]), "HISTORY_OFFSET": np.array([[0]])}
-    inputs = []
-    for name, values in (tensors | changes).items():
-        if values is not None:
-            inputs.append(
-                grpcclient.InferInput(name, list(values.shape), "FP32" if values.dtype.kind == "f" else "INT64")
-            )
-            inputs[-1].set_data_from_numpy(values)
-    return inputs
-
-
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"HISTORY_TIMES": np.array([[1.0]], np.float32)},
-        {"CANDIDATES": np.array([1000])},
-        {"CANDIDATES": None},
-        {"REQUEST_TIME": np.array([[1000, 1000]])},
-        {"OTHER": np.array([[1]])},
-        {name: np.array([[1000], [1000]]) for name in RANKER_INPUTS},
-    ],
-    ids=["dtype", "rank", "missing", "scalar", "name", "two users"],
-)
-def test_tensors_that_break_the_contract_are_an_invalid_argument(server, changes):
-    with grpcclient.InferenceServerClient(server.grpc_address) as raw:
-        assert raw.infer("gr_ranker", ranker_inputs()).as_numpy("SCORES").shape == (1, 1, 2)
-        with pytest.raises(grpcclient.InferenceServerException) as failed:
-            raw.infer("gr_ranker", ranker_inputs(**changes))
-    assert failed.value.status() == "StatusCode.INVALID_ARGUMENT"
 
 
 def test_metadata_says_what_is_served(client, offline_models):

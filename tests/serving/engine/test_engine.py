@@ -98,6 +98,22 @@ def test_no_more_requests_are_taken_than_the_bound_says() -> None:
     assert engine.totals.ended == {"ok": 3, "UNAVAILABLE": 1}
 
 
+def test_what_would_wait_too_long_is_refused_at_once_and_a_hiccup_refuses_nobody() -> None:
+    engine = toy_engine("ranking", limits=Limits(max_wait_s=0.1))
+    for _ in range(30):
+        engine._pace.add(0.01, 1)
+    engine._pace.add(5.0, 1)
+    assert engine._pace.seconds_a_job < 0.015
+    for _ in range(20):
+        engine._pace.add(0.005, 0)
+        engine._pace.add(0.025, 1)
+    assert 0.02 < engine._pace.seconds_a_job < 0.03
+    taken = [submit(engine, rank(some_history(2))) for _ in range(4)]
+    with pytest.raises(QueueFullError, match=r"4 requests wait for this model already, 0\.1 s of work"):
+        submit(engine, rank(some_history(2)))
+    run(engine, *taken)
+
+
 def test_late_and_cancelled_requests_end_and_give_their_pages_back() -> None:
     engine = toy_engine("ranking")
     gone = threading.Event()
