@@ -23,9 +23,10 @@ class ServingOptions:
 
     compute: what computes, "auto", "torch" or "onnx" (`Bundle.compute`); cache_dtype: what K/V are kept in, fp16 and
     bf16 on a GPU alone. max_batch_size: users of one step; max_queue: requests in one model, above which more are
-    refused; max_wait_s: the same of the time they are expected to take; max_in_flight: the same of recommendations; retrieval_depth: items that a recommendation ranks.
-    shadow_share: of recommendations that the challenger scores too, 0 to 1. log_bytes: of the served log on disk, 0 =
-    none is kept; log_seconds: how long a row may wait to be written. history_bytes: of events appended to histories.
+    refused; max_wait_s: the same of the time they are expected to take; max_in_flight: the same of recommendations;
+    retrieval_depth: items that a recommendation ranks. shadow_share: of recommendations that the challenger scores too,
+    0 to 1. log_bytes: of the served log on disk, 0 = none is kept; log_seconds: how long a row may wait to be written.
+    history_bytes: of events appended to histories.
     """
 
     cache_bytes: int = 256 << 20

@@ -48,7 +48,7 @@ class Pace:
     _unshared: float = 0.0
 
     def add(self, seconds: float, num_ended: int) -> None:
-        """Take in a step's time and how many requests ended with it; of a step that ended none the next ones bear it."""
+        """Take in a step's time and how many requests ended with it; if none did, the next ones bear it."""
         self._unshared += seconds
         if num_ended:
             each, self._unshared = self._unshared / num_ended, 0.0
