@@ -1,6 +1,7 @@
 """The same requests by every way there is to ask, alone and among others: each time what the offline model says."""
 
 import asyncio
+import math
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -157,14 +158,14 @@ def transformers(tmp_path_factory: pytest.TempPathFactory, random_bundle: Callab
     return made
 
 
-def engine(model: Offline, path: ComputePath, cache_bytes: int, limits: Limits | None = None) -> Engine:
+def engine(model: Offline, path: ComputePath, cache_bytes: int) -> Engine:
     """An engine that has to divide both histories and lists of candidates, and on `auto` uses torch and the graphs."""
     kind = {"ranking": Ranker, "retrieval": Retriever}[model.bundle.kind]
     made = kind(model.bundle, cache_bytes=cache_bytes, path=path)
     made.microbatches = Microbatches.fixed(64)
     if isinstance(made.compute, FastestCompute):
         made.compute.graph_from = {"alone": 17, "together": 20}
-    return Engine(made, limits or Limits(max_users=5, step_tokens=48))
+    return Engine(made, Limits(max_users=5, step_tokens=48, max_wait_s=math.inf))
 
 
 def ask_together(engine: Engine, kind: str, numbers: Sequence[int]) -> list[object]:
@@ -245,8 +246,15 @@ def test_over_grpc_among_others_from_coroutines(server: ServerHandle, references
     pairs = shuffled_pairs(5)
 
     async def main() -> list[Answer]:
+        # More at once would be refused.
+        places = asyncio.Semaphore(24)
+
+        async def ask(connection: AsyncClient, kind: str, number: int) -> Answer:
+            async with places:
+                return await ASKED[number].ask_async(connection, kind)
+
         async with AsyncClient(server.grpc_address, deadline_s=60) as connection:
-            return await asyncio.gather(*(ASKED[number].ask_async(connection, kind) for kind, number in pairs))
+            return await asyncio.gather(*(ask(connection, kind, number) for kind, number in pairs))
 
     for (kind, number), answer in zip(pairs, asyncio.run(main()), strict=True):
         references[kind].check(number, answer)

