@@ -31,6 +31,28 @@ def served_folder(home: Path, ds: str) -> Path:
     return home / "served" / ds
 
 
+def recent_folder(home: Path) -> Path:
+    """Return the folder of the histories that the models were asked for last, without whose they are."""
+    return home / "serving" / "recent"
+
+
+def forget_recent(home: Path) -> None:
+    """Delete those histories, all of them, and tell running models to do the same."""
+    folder = recent_folder(home)
+    if folder.is_dir():
+        (folder / FORGOTTEN).touch()
+        for file in folder.glob("*.safetensors"):
+            file.unlink(missing_ok=True)
+
+
+def histories_forgotten_at(folder: Path) -> float:
+    """Return when somebody was forgotten last, seconds since the epoch; 0 if nobody was. `folder`: `recent_folder`."""
+    try:
+        return (folder / FORGOTTEN).stat().st_mtime
+    except FileNotFoundError:
+        return 0.0
+
+
 def log_parts(folder: Path) -> list[Path]:
     """Return the finished parts of a served log, oldest first."""
     return sorted(folder.glob("date=*/part-*.parquet"), key=lambda part: (part.parent.name, part.name))

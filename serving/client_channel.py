@@ -43,6 +43,9 @@ def friendly(
     if code == "CANCELLED" and "deadline" in message:
         # A model has no other code for it; it can tell a moment before the channel's own clock does.
         code = "DEADLINE_EXCEEDED"
+    if "Stub process" in message:
+        # The model's process has died; the supervisor loads it again.
+        code, message = "UNAVAILABLE", f"{model} is being restarted"
     if "unknown model" in message:
         advice = f"the model server at {address} has no model {model}; run gr materialize to deploy one"
         return ServingError(advice, "UNAVAILABLE")

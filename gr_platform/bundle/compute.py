@@ -82,6 +82,10 @@ class Tunable(Protocol):
         """Measure and choose; writes to no page."""
         ...
 
+    def paths(self) -> Sequence[Compute]:
+        """Return every path that may be chosen, over the same pages."""
+        ...
+
 
 def page_bytes(config: ModelConfig, item_bytes: int = 4) -> int:
     """Return the bytes of one page: K/V of PAGE_TOKENS tokens in every layer, and their times."""

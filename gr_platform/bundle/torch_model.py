@@ -15,7 +15,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from gr_platform import settings
-from gr_platform.bundle.compute import PAGE_TOKENS, Ask, CacheType, Piece, most_tokens, pages_for
+from gr_platform.bundle.compute import PAGE_TOKENS, Ask, CacheType, Compute, Piece, most_tokens, pages_for
 from gr_platform.bundle.onnx_compute import OnnxCompute
 from gr_platform.errors import UserError
 from gr_platform.models.build import build_model
@@ -106,6 +106,12 @@ class FastestCompute:
         return [
             self.graph.score([ask])[0] if is_long else next(scored) for ask, is_long in zip(asks, long, strict=True)
         ]
+
+    def paths(self) -> Sequence[Compute]:
+        """Return torch alone, and the graph for every list it can score."""
+        graph = FastestCompute(self.torch_path, self.graph)
+        graph.graph_from = dict.fromkeys(self.graph_from, 1)
+        return self.torch_path, graph
 
     def tune(self) -> None:
         """Measure both paths on lists of every length, alone and several, and take the graph where it is faster."""

@@ -28,6 +28,7 @@ _WAIT_S = 30.0
 
 def erase_served(home: Path, ds: str, user_id: str, id_type: IdType) -> dict[str, int]:
     """Return where rows of a user were erased -> how many. Raises UserError if a file is damaged or in use."""
+    serving_state.forget_recent(home)
     found = {HISTORIES: _erase_history(home, ds, user_id, id_type), SERVED_LOG: _erase_log(home, ds, user_id)}
     return {name: count for name, count in found.items() if count}
 

@@ -82,6 +82,8 @@ class KVCache:
         # Oldest first. Parents stand after their children, so the first entry without a lease is always a leaf.
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()
         self._leases: dict[int, Lease] = {}
+        # Filed entries with a lease: the others can be evicted, leaves first, all of them.
+        self._num_pinned = 0
         self._hit_tokens = self._prefill_tokens = self._delta_tokens = self._evictions = 0
 
     @property
@@ -117,6 +119,7 @@ class KVCache:
         lease = Lease(pages=np.zeros(0, np.int32), num_cached=sum(e.num_tokens for e in path), rows=rows, entries=path)
         if grows:
             tail = path.pop()
+            self._unpin([tail])
             self._drop(tail)
             lease.own.append(tail.page)
         lease.own += [self._free.pop() for _ in range(num_new)]
@@ -142,8 +145,8 @@ class KVCache:
             else:
                 # A batch mate with the same history was first: this copy serves its request and goes.
                 lease.own.append(page)
-            entry.num_leases += 1
             lease.entries.append(entry)
+            self._pin([entry])
         self._touch(lease.entries)
 
     def release(self, lease: Lease) -> None:
@@ -172,6 +175,8 @@ class KVCache:
         leases = [entry for lease in self._leases.values() for entry in lease.entries]
         if any(entry.num_leases != leases.count(entry) for entry in {*self._entries.values(), *leases}):
             raise RuntimeError("a cache entry counts its leases wrongly")
+        if self._num_pinned != sum(entry.num_leases > 0 for entry in self._entries.values()):
+            raise RuntimeError("the cache counts its pinned entries wrongly")
         owned = [page for lease in self._leases.values() for page in lease.own]
         if sorted([*self._free, *owned, *(e.page for e in self._entries.values())]) != list(range(self.num_pages)):
             raise RuntimeError("a cache page is lost, or held twice")
@@ -201,10 +206,12 @@ class KVCache:
             self._entries.move_to_end(entry.key)
 
     def _reserve(self, num_pages: int) -> bool:
-        """Evict until `num_pages` are free; return False if that cannot be while others hold their leases."""
-        while len(self._free) < num_pages and self._evict():
-            pass
-        return len(self._free) >= num_pages
+        """Evict until `num_pages` are free; return False, having dropped nothing, if others hold too many."""
+        if len(self._free) + len(self._entries) - self._num_pinned < num_pages:
+            return False
+        while len(self._free) < num_pages:
+            self._evict()
+        return True
 
     def _evict(self) -> bool:
         for entry in self._entries.values():
@@ -228,12 +235,13 @@ class KVCache:
     def _pin(self, path: list[_Entry]) -> None:
         self._touch(path)
         for entry in path:
+            self._num_pinned += entry.num_leases == 0
             entry.num_leases += 1
 
-    @staticmethod
-    def _unpin(path: list[_Entry]) -> None:
+    def _unpin(self, path: list[_Entry]) -> None:
         for entry in path:
             entry.num_leases -= 1
+            self._num_pinned -= entry.num_leases == 0
 
 
 def _canonical_rows(tokens: Tokens) -> bytes:

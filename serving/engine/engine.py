@@ -26,6 +26,8 @@ MAX_ASKED = 4
 # So many requests are taken whatever is expected: an estimate may be wrong, and a step takes several.
 MIN_QUEUE = 4
 PACE_WEIGHT, PACE_MOST = 0.1, 4.0
+# Who waits longer than this for pages comes before every priority.
+PATIENCE_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,8 +103,8 @@ class Engine:
         job = self.model.prepare(request)
         job.done, job.terms = done, terms or job.terms
         with self._wake:
-            if self._closing:
-                raise self._refusal("the model is being unloaded")
+            if self._closing or (self._thread is not None and not self._thread.is_alive()):
+                raise self._refusal("the model is being unloaded; try again")
             self._arrived.append(job)
             self._wake.notify()
 
@@ -140,17 +142,19 @@ class Engine:
             room -= pages_for(len(tokens))
             if room < 0 or time.monotonic() > until or (lease := cache.acquire(tokens)) is None:
                 break
-            if lease.num_cached < len(tokens):
-                piece = Piece(
-                    tokens=tokens.slice(lease.num_cached, len(tokens)),
-                    past=lease.num_cached,
-                    pages=lease.pages,
-                    keep=len(tokens) - lease.num_cached,
-                )
-                self.model.compute.encode([piece])
-                cache.commit(lease)
-            self.recent.note(lease.first_key, tokens)
-            cache.release(lease)
+            try:
+                if lease.num_cached < len(tokens):
+                    piece = Piece(
+                        tokens=tokens.slice(lease.num_cached, len(tokens)),
+                        past=lease.num_cached,
+                        pages=lease.pages,
+                        keep=len(tokens) - lease.num_cached,
+                    )
+                    self.model.compute.encode([piece])
+                    cache.commit(lease)
+                self.recent.note(lease.first_key, tokens)
+            finally:
+                cache.release(lease)
             count += 1
         return count
 
@@ -174,6 +178,7 @@ class Engine:
 
     def step(self) -> None:
         """Move every job on as far as its share of one step goes."""
+        began, ended = time.perf_counter(), self._num_ended
         self._take_arrived()
         self._drop_late()
         self._admit()
@@ -182,6 +187,7 @@ class Engine:
         self._answer()
         self._finish()
         self.totals.num_steps += 1
+        self._pace.add(time.perf_counter() - began, self._num_ended - ended)
 
     def _run(self) -> None:
         while True:
@@ -210,14 +216,17 @@ class Engine:
         now = time.monotonic()
         jobs = [job for job in self._running if job.may_be_gone(now)]
         for job in sorted(jobs, key=lambda job: job.asked)[:MAX_ASKED]:
-            if (failure := job.gone(now)) is not None:
+            try:
+                failure: Exception | None = job.gone(now)
+            except Exception as error:
+                failure = error
+            if failure is not None:
                 self._end(job, failure)
 
     def _admit(self) -> None:
-        """Give pages to the jobs that wait, urgent ones first, while there is room and a step has places."""
-        for job in sorted(self._waiting, key=lambda job: job.terms.priority):
-            if len(self._running) >= self.limits.max_users:
-                return
+        """Give pages to the jobs that wait while there is room: urgent ones first, and before them who waited long."""
+        patient_since = time.monotonic() - PATIENCE_S
+        for job in sorted(self._waiting, key=lambda job: (job.arrived > patient_since) and 1 + job.terms.priority):
             lease = self.model.cache.acquire(job.tokens.slice(0, job.keep), shared=job.shared)
             if lease is None:
                 return
@@ -228,7 +237,7 @@ class Engine:
 
     def _encode(self) -> None:
         jobs = [job for job in self._running if job.tokens_left]
-        parts = share(jobs, lambda job: job.tokens_left, self.limits.step_tokens)
+        parts = share(jobs, lambda job: job.tokens_left, self.limits.step_tokens, self.limits.max_users)
         if not parts:
             return
         began = time.perf_counter()
@@ -247,7 +256,7 @@ class Engine:
 
     def _answer(self) -> None:
         jobs = [job for job in self._running if not job.tokens_left and job.answers_left]
-        parts = share(jobs, lambda job: job.answers_left, self.model.budget(jobs))
+        parts = share(jobs, lambda job: job.answers_left, self.model.budget(jobs), self.limits.max_users)
         if not parts:
             return
         began = time.perf_counter()

@@ -9,6 +9,7 @@ Item indices mean the same in the next model of a data set: its vocabulary grows
 import logging
 import os
 import threading
+import time
 from collections import OrderedDict
 from pathlib import Path
 
@@ -17,7 +18,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from gr_platform.bundle.compute import PAGE_TOKENS
-from gr_platform.models.tokens import Tokens
+from gr_platform.models.tokens import FEATURE, Tokens
+from gr_platform.serving_state import histories_forgotten_at
 
 log = logging.getLogger(__name__)
 FIELDS = ("kinds", "items", "actions", "times", "query_times")
@@ -34,6 +36,7 @@ class RecentHistories:
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         self._histories: OrderedDict[bytes, Tokens] = OrderedDict()
         self._num_tokens, self._max_tokens, self._changed = 0, max_tokens, False
+        self._since = time.time()
         self._lock = threading.Lock()
 
     def note(self, key: bytes, tokens: Tokens) -> None:
@@ -49,19 +52,26 @@ class RecentHistories:
 
     def save(self, path: Path, dataset: str) -> None:
         """Write the histories, if any is new since the last time; the file shows itself whole, to its owner alone."""
+        began = time.time()
         with self._lock:
-            if not self._changed:
+            if histories_forgotten_at(path.parent) > self._since:
+                # A person was forgotten, and which of these is theirs nobody knows: none is kept.
+                self._histories.clear()
+                self._num_tokens, self._since = 0, began
+            if not self._changed or not self._histories:
                 return
             self._changed = False
             histories = list(self._histories.values())
         arrays = {name: np.concatenate([getattr(tokens, name) for tokens in histories]) for name in FIELDS}
         lengths = np.array([len(tokens) for tokens in histories], np.int64)
-        path.parent.mkdir(parents=True, exist_ok=True)
         staged = path.with_name(f".{path.name}-{os.getpid()}")
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
             staged.touch(mode=0o600)
             save_file(arrays | {"lengths": lengths}, staged, metadata={"dataset": dataset})
             os.replace(staged, path)
+            if histories_forgotten_at(path.parent) >= began:
+                path.unlink(missing_ok=True)
         except (OSError, SafetensorError) as error:
             # A full disk costs the next model a warm start, nobody an answer.
             staged.unlink(missing_ok=True)
@@ -73,12 +83,14 @@ def _size(tokens: Tokens) -> int:
     return max(len(tokens), PAGE_TOKENS)
 
 
-def load(path: Path, dataset: str, *, num_rows: int, most_tokens: int) -> list[Tokens]:
+def load(path: Path, dataset: str, *, num_rows: int, num_actions: int, most_tokens: int) -> list[Tokens]:
     """Return the saved histories of a data set, oldest first, without those that a model of this shape cannot read.
 
-    num_rows: of its item table; most_tokens: of one history.
+    num_rows: of its item table; num_actions: of the data set; most_tokens: of one history.
     """
     try:
+        if path.stat().st_mtime <= histories_forgotten_at(path.parent):
+            return []
         with safe_open(path, framework="numpy") as file:
             if (file.metadata() or {}).get("dataset") != dataset:
                 return []
@@ -90,8 +102,12 @@ def load(path: Path, dataset: str, *, num_rows: int, most_tokens: int) -> list[T
         return []
     whole = Tokens(**{name: arrays[name] for name in FIELDS})
     found = [whole.slice(int(stop - length), int(stop)) for length, stop in zip(arrays["lengths"], stops, strict=True)]
+    bounds = {"items": num_rows, "actions": 1 << num_actions, "kinds": FEATURE}
     return [
         tokens
         for tokens in found
-        if 0 < len(tokens) <= most_tokens and 0 <= tokens.items.min() <= tokens.items.max() < num_rows
+        if 0 < len(tokens) <= most_tokens
+        and all(
+            0 <= getattr(tokens, name).min() <= getattr(tokens, name).max() < limit for name, limit in bounds.items()
+        )
     ]

@@ -12,8 +12,12 @@ from serving.engine.jobs import Job
 OLDEST_SHARE = 4
 
 
-def share(jobs: Sequence[Job], left: Callable[[Job], int], budget: int) -> list[tuple[Job, int]]:
+def share(
+    jobs: Sequence[Job], left: Callable[[Job], int], budget: int, most_jobs: int = 1 << 30
+) -> list[tuple[Job, int]]:
     """Return (job, how much of it) with a sum of at most `budget`; jobs in order of arrival, each with something left.
+
+    At most `most_jobs` of them; where that is one, it is the oldest.
 
     left: how much of a job there is to do, in the unit of the budget (tokens, candidates).
     """
@@ -23,6 +27,8 @@ def share(jobs: Sequence[Job], left: Callable[[Job], int], budget: int) -> list[
     shares = {id(oldest): min(left(oldest), max(1, budget // OLDEST_SHARE))}
     rest = budget - shares[id(oldest)]
     for job in sorted(jobs, key=lambda job: (job.terms.priority, left(job))):
+        if len(shares) >= most_jobs and id(job) not in shares:
+            continue
         taken = shares.get(id(job), 0)
         more = min(left(job) - taken, rest)
         if more > 0:

@@ -183,7 +183,7 @@ def test_a_priority_that_is_no_number_is_refused_by_name(model):
     request = FakeRequest(tensors(), parameters={backend.PRIORITY: "high"})
     model.execute([request])
     assert request.answer().error.code == "INVALID_ARG"
-    assert request.answer().error.message == "the parameter gr_priority must be a whole number"
+    assert request.answer().error.message == "the parameter gr_priority must be a whole number from 0"
 
 
 def test_an_answer_that_finds_no_shared_memory_becomes_an_error(model, caplog):

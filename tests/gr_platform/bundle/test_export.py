@@ -64,6 +64,15 @@ def test_every_path_says_what_the_offline_model_said(bundle_folder, path):
             assert parity(bundle, compute).ok
 
 
+def test_each_path_that_may_score_is_held_against_the_golden_requests(tmp_path, random_bundle):
+    bundle = load(random_bundle(tmp_path / "ranking", "ranking", num_items=NUM_ITEMS))
+    compute = bundle.compute(NUM_PAGES)
+    assert [parity(bundle, path).ok for path in compute.paths()] == [True, True]
+    exact = compute.graph.score
+    compute.graph.score = lambda asks: [scores + 1e-3 for scores in exact(asks)]
+    assert [parity(bundle, path).ok for path in compute.paths()] == [True, False]
+
+
 def test_lists_of_one_step_go_where_they_belong_and_come_back_in_order(tmp_path, random_bundle):
     bundle = load(random_bundle(tmp_path / "ranking", "ranking", num_items=NUM_ITEMS))
     compute = bundle.compute(NUM_PAGES)

@@ -148,7 +148,9 @@ def test_leased_pages_are_not_evicted_and_a_request_without_room_waits() -> None
     keep(cache, tokens_of(16, seed=1).slice(0, 32))
     reader = acquired(cache, tokens_of(16, seed=1).slice(0, 32))
     writer = acquired(cache, tokens_of(16, seed=2).slice(0, 32))
+    entries = cache.counters.num_entries
     assert cache.acquire(tokens_of(16, seed=3).slice(0, 32)) is None
+    assert (cache.counters.num_entries, cache.counters.evictions) == (entries, 0)
     cache.check_integrity()
     assert set(reader.pages.tolist()).isdisjoint(writer.pages.tolist())
     cache.release(writer)

@@ -78,6 +78,74 @@ def test_a_long_history_does_not_hold_others() -> None:
     assert not long
 
 
+def test_short_requests_pass_as_many_long_ones_as_a_step_takes() -> None:
+    engine = toy_engine("ranking", limits=Limits(max_users=4, max_wait_s=100))
+    long = [submit(engine, rank(some_history(5, seed=n), 2_000)) for n in range(8)]
+    engine.step()
+    short = submit(engine, rank(some_history(6, seed=9), 4))
+    run(engine, short, most_steps=3)
+    assert not any(long)
+
+
+def test_who_waits_long_for_pages_comes_before_every_priority(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serving.engine.engine.PATIENCE_S", 0.05)
+    # Room for one history at a time.
+    engine = toy_engine("ranking", cache_bytes=0)
+    held = submit(engine, rank(some_history(12), 100))
+    engine.step()
+    patient = submit(engine, rank(some_history(12, seed=1)), Terms(priority=5))
+    engine.step()
+    time.sleep(0.06)
+    urgent = submit(engine, rank(some_history(12, seed=2)), Terms(priority=0))
+    run(engine, held, patient)
+    assert not urgent
+    run(engine, urgent)
+
+
+def test_a_caller_who_cannot_be_asked_ends_alone() -> None:
+    engine = toy_engine("ranking")
+
+    def broken() -> bool:
+        raise OSError("no such request")
+
+    lost = submit(engine, rank(some_history(5), 200), Terms(is_cancelled=broken))
+    other = submit(engine, rank(some_history(6), 200))
+    engine.step()
+    time.sleep(0.05)
+    run(engine, lost, other)
+    assert isinstance(lost[0], OSError)
+    assert other[0].scores.shape == (200, 2)
+    assert not engine.model.cache._leases
+
+
+def test_a_request_that_comes_while_the_engine_ends_is_refused_and_not_lost() -> None:
+    engine = toy_engine("ranking")
+    engine.start()
+    prepare, reached, go_on = engine.model.prepare, threading.Event(), threading.Event()
+
+    def slow(request: Any) -> Any:
+        reached.set()
+        go_on.wait(5)
+        return prepare(request)
+
+    engine.model.prepare = slow  # type: ignore[method-assign]
+    ends: list = []
+
+    def late() -> None:
+        try:
+            submit(engine, rank(some_history(2)))
+        except QueueFullError as error:
+            ends.append(str(error))
+
+    caller = threading.Thread(target=late)
+    caller.start()
+    reached.wait(5)
+    engine.close()
+    go_on.set()
+    caller.join()
+    assert ends == ["the model is being unloaded; try again"]
+
+
 def test_priorities_come_first() -> None:
     engine = toy_engine("ranking", limits=Limits(max_users=1))
     submit(engine, rank(some_history(5)))
@@ -127,6 +195,7 @@ def test_late_and_cancelled_requests_end_and_give_their_pages_back() -> None:
     assert isinstance(cancelled[0], CancelledError)
     assert engine.num_jobs == 0
     engine.model.cache.check_integrity()
+    assert not engine.model.cache._leases
     assert engine.totals.ended == {"CANCELLED": 2}
 
 
@@ -177,6 +246,7 @@ def test_a_step_that_breaks_ends_its_requests_and_not_the_engine() -> None:
         engine.ask(rank(some_history(5)))
     engine.model.compute.broken = False
     engine.model.cache.check_integrity()
+    assert not engine.model.cache._leases
     assert engine.ask(rank(some_history(5))).cached_tokens == 0
 
 

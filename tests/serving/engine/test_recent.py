@@ -1,8 +1,12 @@
 """What a new model begins with: the histories of the old one, encoded by the new one alone."""
 
+import os
+import time
+
 import numpy as np
 import pytest
 
+from gr_platform import serving_state
 from serving.engine import recent
 from serving.engine.recent import RecentHistories
 from serving.engine.requests import RankRequest
@@ -22,7 +26,7 @@ def asked(tmp_path, *, max_tokens: int = 1000):
         for length in range(1, num_events + 1):
             engine.ask(request(length, seed))
     engine.recent.save(tmp_path / "recent", "toy")
-    return recent.load(tmp_path / "recent", "toy", num_rows=NUM_ROWS, most_tokens=25)
+    return recent.load(tmp_path / "recent", "toy", num_rows=NUM_ROWS, num_actions=3, most_tokens=25)
 
 
 def test_a_history_that_grew_is_kept_once_and_the_newest_is_last(tmp_path):
@@ -68,13 +72,46 @@ def test_many_short_histories_are_bounded_too():
 def test_what_does_not_fit_is_passed_over(tmp_path):
     path = tmp_path / "recent"
     histories = asked(tmp_path)
-    assert recent.load(path, "another", num_rows=NUM_ROWS, most_tokens=25) == []
-    assert recent.load(path, "toy", num_rows=FIRST_ITEM, most_tokens=25) == []
-    assert max(len(t) for t in recent.load(path, "toy", num_rows=NUM_ROWS, most_tokens=20)) == 19
-    assert recent.load(tmp_path / "none", "toy", num_rows=NUM_ROWS, most_tokens=25) == []
+    assert recent.load(path, "another", num_rows=NUM_ROWS, num_actions=3, most_tokens=25) == []
+    assert recent.load(path, "toy", num_rows=FIRST_ITEM, num_actions=3, most_tokens=25) == []
+    assert max(len(t) for t in recent.load(path, "toy", num_rows=NUM_ROWS, num_actions=3, most_tokens=20)) == 19
+    assert recent.load(tmp_path / "none", "toy", num_rows=NUM_ROWS, num_actions=3, most_tokens=25) == []
+    known = recent.load(path, "toy", num_rows=NUM_ROWS, num_actions=1, most_tokens=25)
+    assert 0 < len(known) < len(histories)
+    assert max(tokens.actions.max() for tokens in known) < 2
     path.write_bytes(path.read_bytes()[:-10])
-    assert recent.load(path, "toy", num_rows=NUM_ROWS, most_tokens=25) == []
+    assert recent.load(path, "toy", num_rows=NUM_ROWS, num_actions=3, most_tokens=25) == []
     assert histories
+
+
+def test_when_a_person_is_forgotten_no_history_stays_on_disk_or_comes_back(tmp_path):
+    folder = serving_state.recent_folder(tmp_path)
+    engine, path = toy_engine("ranking"), folder / "gr_ranker.safetensors"
+    engine.ask(request(9, 1))
+    engine.recent.save(path, "toy")
+    kept = path.read_bytes()
+    time.sleep(0.01)
+    serving_state.forget_recent(tmp_path)
+    assert not path.exists()
+    # The running model drops what it knows, and a file that was written before is not read any more.
+    engine.recent.save(path, "toy")
+    assert not path.exists()
+    path.write_bytes(kept)
+    os.utime(path, (0, 0))
+    assert recent.load(path, "toy", num_rows=NUM_ROWS, num_actions=3, most_tokens=25) == []
+    time.sleep(0.01)
+    engine.ask(request(5, 2))
+    engine.recent.save(path, "toy")
+    assert [len(t) for t in recent.load(path, "toy", num_rows=NUM_ROWS, num_actions=3, most_tokens=25)] == [11]
+
+
+def test_a_history_that_cannot_be_encoded_keeps_no_page(tmp_path):
+    histories, engine = asked(tmp_path), toy_engine("ranking")
+    engine.model.compute.broken = True
+    with pytest.raises(RuntimeError):
+        engine.encode_ahead(histories, 5.0)
+    assert not engine.model.cache._leases
+    engine.model.cache.check_integrity()
 
 
 def test_a_full_disk_costs_no_answer(tmp_path, monkeypatch, caplog):
