@@ -609,7 +609,7 @@ def test_huge_requests_take_no_more_memory_the_more_there_are(cramped, other, re
     print(*megabytes, sep="\n")
     # The server keeps room for as many as came at once, and a model's process nothing.
     assert max(each["shared memory"] for each in taken) < 5 * (64 << 20) + (16 << 20)
-    assert max(each["server"] for each in taken) < 5 * (64 << 20)
+    assert max(each["server"] for each in taken) < 6 * (64 << 20)
     assert taken[-1]["gr_ranker"] < taken[0]["gr_ranker"] + (8 << 20)
 
 
