@@ -63,7 +63,8 @@ def engines(config: ModelConfig, num_threads: int) -> Iterator[tuple[Engine, Eng
 def request(num_tokens: int, num_candidates: int, *, seed: int = 0, num_more: int = 0) -> RankRequest:
     """Return a made-up request with a history of about `num_tokens` tokens, and `num_more` events after them."""
     rng = np.random.default_rng(seed)
-    most = 1 + MAX_EVENTS + num_more
+    # As many draws whatever is asked: a longer history of a seed begins with the shorter one.
+    most = 2 * MAX_EVENTS
     items, times = rng.integers(0, NUM_ITEMS, most), START_MS + np.cumsum(rng.integers(1_000, 10_000_000, most))
     num_events = (num_tokens - 1) // 2 + num_more
     return RankRequest(

@@ -46,6 +46,13 @@ def test_figures_of_this_machine_are_finite_and_judged(rows):
     assert all(reaches_target(row) is not None for row in measured if row["target"] is not None)
 
 
+def test_a_grown_history_begins_with_the_one_before():
+    short, long = (speed.request(1_024, 16, seed=9, num_more=more).history for more in (0, 7))
+    assert len(long.items) == len(short.items) + 7
+    for name in ("items", "actions", "times"):
+        assert (getattr(long, name)[: len(short.items)] == getattr(short, name)).all()
+
+
 def test_operations_are_counted_as_the_limits_of_the_table_are():
     config = models.speed_table(2_048)
     once = speed.num_flops(config, 2_048, 1)
