@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from gr_platform.bundle.compute import ITEM_BYTES, CacheType, Compute, ComputePath, most_tokens, page_bytes
+from gr_platform.bundle.compute import ITEM_BYTES, CacheType, Compute, ComputePath, most_tokens, page_bytes, pages_for
 from serving.engine.cache import KVCache
 from serving.engine.jobs import Job
 from serving.engine.microbatches import Microbatches
@@ -68,4 +68,4 @@ class Model(ABC):
 
     def warm_pages(self, num_tokens: int) -> np.ndarray:
         """Return pages for a made-up history: nobody's, as long as nothing is asked."""
-        return np.arange(-(-num_tokens // 16), dtype=np.int32)
+        return np.arange(pages_for(num_tokens), dtype=np.int32)
