@@ -18,20 +18,19 @@ from torch import Tensor, nn
 
 from gr_platform import provenance, storage
 from gr_platform.bundle import golden
-from gr_platform.bundle.load import model_digest
+from gr_platform.bundle.load import EXPORT_VERSION, model_digest
 from gr_platform.errors import UserError
 from gr_platform.models.baselines import require_servable
 from gr_platform.models.batch import EventBatch
 from gr_platform.models.build import Model
 from gr_platform.models.compute import encode_tokens, score_candidates
 from gr_platform.models.config import Kind, ModelConfig
+from gr_platform.models.paged import PaddedPast
 from gr_platform.models.ranking import RankingModel
 from gr_platform.sequences.vocabulary import NUM_OOV
 from kernels import TIME_THRESHOLDS_MS
 
 OPSET = 20
-# Raised when the same model would be exported as other files.
-EXPORT_VERSION = 2
 
 
 class _Encode(nn.Module):
@@ -62,9 +61,16 @@ class _Score(nn.Module):
         self.model = model
 
     def forward(
-        self, candidates: Tensor, request_time: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor
+        self,
+        candidates: Tensor,
+        request_times: Tensor,
+        num_past: Tensor,
+        past_times: Tensor,
+        *past_kv: Tensor,
     ) -> Tensor:
-        return score_candidates(self.model, candidates, request_time, (past_times, past_k, past_v))
+        num_layers = len(past_kv) // 2
+        past = PaddedPast(num_tokens=num_past, times=past_times, k=past_kv[:num_layers], v=past_kv[num_layers:])
+        return score_candidates(self.model, candidates, request_times, past)
 
 
 def _export_graph(
@@ -102,18 +108,21 @@ def _forget_origin(proto: onnx.ModelProto) -> None:
     del proto.metadata_props[:]
 
 
-def _past(model: Model, length: int) -> dict[str, Tensor]:
+def _past(model: Model, *lengths: int) -> dict[str, Tensor]:
     config = model.config
-    shape = (config.num_layers, length, config.num_heads)
+    shape = (config.num_layers, *lengths, config.num_heads)
     return {
-        "past_times": torch.zeros(length, dtype=torch.int64),
+        "past_times": torch.zeros(*lengths, dtype=torch.int64),
         "past_k": torch.zeros(*shape, config.qk_dim),
         "past_v": torch.zeros(*shape, config.v_dim),
     }
 
 
 def write_graphs(model: Model, folder: Path) -> None:
-    """Write encode.onnx and, for ranking, score.onnx; history, new tokens and candidates have dynamic lengths."""
+    """Write encode.onnx of one user and, for ranking, score.onnx of several.
+
+    Users, history, new tokens and candidates have dynamic numbers.
+    """
     new, past = torch.export.Dim("new"), torch.export.Dim("past")
     past_axes = {"past_times": {0: past}, "past_k": {1: past}, "past_v": {1: past}}
     token_names = ("kinds", "items", "actions", "times", "query_times")
@@ -126,9 +135,24 @@ def write_graphs(model: Model, folder: Path) -> None:
         ["row", "k", "v"] if model.config.kind == "retrieval" else ["k", "v"],
     )
     if isinstance(model, RankingModel):
-        candidates = {"candidates": torch.ones(3, dtype=torch.int64), "request_time": torch.zeros(1, dtype=torch.int64)}
-        axes = {"candidates": {0: torch.export.Dim("candidates")}, "request_time": {}} | past_axes
-        _export_graph(_Score(model), folder / "score.onnx", candidates | _past(model, 5), axes, ["scores"])
+        users = torch.export.Dim("users")
+        cached = _past(model, 2, 5)
+        # The layers apart: a graph would copy them out of one tensor.
+        layers = {f"{name}_{i}": layer for name in ("past_k", "past_v") for i, layer in enumerate(cached.pop(name))}
+        asked = {
+            "candidates": torch.ones(2, 3, dtype=torch.int64),
+            "request_times": torch.zeros(2, dtype=torch.int64),
+            "num_past": torch.full((2,), 5),
+            **cached,
+        }
+        axes = {
+            "candidates": {0: users, 1: torch.export.Dim("candidates")},
+            "request_times": {0: users},
+            "num_past": {0: users},
+            "past_times": {0: users, 1: past},
+            "past_kv": tuple({0: users, 1: past} for _ in layers),
+        }
+        _export_graph(_Score(model), folder / "score.onnx", asked | layers, axes, ["scores"])
 
 
 @torch.no_grad()
@@ -177,6 +201,7 @@ def write_bundle(
     return constants | {
         "model_digest": model_digest(constants, files),
         "declaration": declaration,
+        "export_version": EXPORT_VERSION,
         "recipe": recipe,
         "metrics": metrics,
         "git_commit": provenance.git_commit(),

@@ -20,6 +20,8 @@ from gr_platform.events.declaration import Declaration
 from gr_platform.models.config import ModelConfig
 from gr_platform.sequences.vocabulary import Vocabulary
 
+# Raised when the same model would be exported as other files.
+EXPORT_VERSION = 3
 # What decides a score beside these files' content: facts of the manifest.
 CONSTANTS = ("config", "actions", "tasks", "time_thresholds_ms", "attention_divisor")
 _SCORING_FILES = ("model.safetensors", "vocabulary.parquet")
@@ -94,6 +96,8 @@ def load(folder: Path) -> Bundle:
     try:
         if manifest.facts["model_digest"] != model_digest(manifest.facts, manifest.files):
             raise UserError(f"the manifest of bundle {folder.name} was changed after its export; run gr materialize")
+        if manifest.facts["export_version"] != EXPORT_VERSION:
+            raise UserError(f"bundle {folder.name} was exported by another release; run gr materialize")
         return _read(folder, manifest.kind, manifest.facts)
     except (KeyError, TypeError) as error:
         raise UserError(

@@ -1,9 +1,14 @@
-"""`Compute` by ONNX Runtime: the graphs of a bundle, with no torch in the process; one user after the other.
+"""`Compute` by ONNX Runtime: the graphs of a bundle, with no torch in the process.
 
-Invariant: a session is stateless; past K/V are copied out of the pages, and new K/V back into them.
+Invariant: a session is stateless; past K/V are copied out of the pages, and new K/V back into them. Tokens are encoded
+one user after the other; candidates of users with similar numbers of them are scored in one call, padded with zeros.
+
+Legend: B users of a call, C the most candidates and P the most past tokens of one of them.
 """
 
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +16,65 @@ import onnxruntime as ort
 
 from gr_platform.bundle.compute import PAGE_TOKENS, Ask, Piece, pages_for
 from gr_platform.models.config import ModelConfig
+
+# A call of the graph costs about as much as so many pairs of a candidate and a past token: it is worth some padding.
+CALL_PAIRS = 4096
+
+
+@dataclass(slots=True)
+class _Group:
+    """Asks scored in one call, by their place in the step."""
+
+    places: list[int]
+    num_candidates: int
+    num_past: int
+    num_pairs: int
+
+    def with_ask(self, place: int, ask: Ask) -> "_Group":
+        """Return the group with one more ask."""
+        return _Group(
+            [*self.places, place],
+            max(self.num_candidates, len(ask.candidates)),
+            max(self.num_past, ask.past),
+            self.num_pairs + len(ask.candidates) * ask.past,
+        )
+
+    def is_worth_it(self) -> bool:
+        """Return whether padding costs less than a call of each ask's own."""
+        padded = len(self.places) * self.num_candidates * self.num_past
+        return padded - self.num_pairs <= CALL_PAIRS * (len(self.places) - 1)
+
+
+def _groups(asks: Sequence[Ask]) -> Iterator[_Group]:
+    """Yield the asks in groups of similar sizes."""
+    group = _Group([], 0, 0, 0)
+    for place in sorted(range(len(asks)), key=lambda place: (len(asks[place].candidates), asks[place].past)):
+        larger = group.with_ask(place, asks[place])
+        if not larger.is_worth_it():
+            yield group
+            larger = _Group([], 0, 0, 0).with_ask(place, asks[place])
+        group = larger
+    if group.num_candidates:
+        yield group
+
+
+class _Room:
+    """Where pages of a pool [layers, pages, page, H, D] are brought together; kept, as new memory costs more than the
+    copy."""
+
+    def __init__(self, pool: np.ndarray) -> None:
+        self._pool, self._room = pool, np.empty(0, pool.dtype)
+
+    def gather(self, pages: np.ndarray) -> np.ndarray:
+        """Return the tokens [layers, B, P, H, D] of pages int64 [B, n], until the next call."""
+        pool = self._pool
+        shape = (len(pool), *pages.shape, *pool.shape[2:])
+        if (size := math.prod(shape)) > self._room.size:
+            self._room = np.empty(size, pool.dtype)
+        gathered = self._room[:size].reshape(shape)
+        # "clip": with checks numpy would go through a copy of its own; page numbers are the cache's.
+        np.take(pool, pages, axis=1, out=gathered, mode="clip")
+        return gathered.reshape(len(pool), len(pages), -1, *pool.shape[3:])
 
 
 def _session(path: Path, num_threads: int) -> ort.InferenceSession:
@@ -46,6 +110,7 @@ class OnnxCompute:
             np.empty((*shape, config.v_dim), np.float32),
             np.empty((num_pages, PAGE_TOKENS), np.int64),
         )
+        self._rooms = _Room(self.k), _Room(self.v)
 
     def encode(self, pieces: Sequence[Piece]) -> np.ndarray:
         """Write the kept tokens' K/V and return the rows float32 [R, d] of the pieces that want one."""
@@ -64,16 +129,37 @@ class OnnxCompute:
 
     def score(self, asks: Sequence[Ask]) -> list[np.ndarray]:
         """Return probabilities float32 [C, tasks] of each ask's candidates."""
-        return [self._score_one(ask) for ask in asks]
-
-    def _score_one(self, ask: Ask) -> np.ndarray:
         if self._score is None:
             raise RuntimeError("score() needs a ranking bundle; a retrieval bundle has no score.onnx")
-        if not len(ask.candidates):
-            return np.zeros((0, self.num_tasks), np.float32)
-        feeds = {"candidates": ask.candidates, "request_time": np.array([ask.request_time], np.int64)}
-        scores: np.ndarray = self._score.run(None, feeds | self._past(ask.pages, ask.past))[0]
-        return scores
+        found = [np.zeros((0, self.num_tasks), np.float32)] * len(asks)
+        for group in _groups(asks):
+            own = [asks[place] for place in group.places]
+            scores = self._score.run(None, self._asked(own, group.num_candidates))[0]
+            for place, ask, each in zip(group.places, own, scores, strict=True):
+                found[place] = each[: len(ask.candidates)]
+        return found
+
+    def _asked(self, asks: list[Ask], num_candidates: int) -> dict[str, np.ndarray]:
+        """Return what score.onnx takes for these users."""
+        candidates = np.zeros((len(asks), num_candidates), np.int64)
+        pages = np.zeros((len(asks), max(1, *(pages_for(ask.past) for ask in asks))), np.int64)
+        for row, table, ask in zip(candidates, pages, asks, strict=True):
+            row[: len(ask.candidates)] = ask.candidates
+            used = pages_for(ask.past)
+            table[:used] = ask.pages[:used]
+        k, v = (room.gather(pages) for room in self._rooms)
+        times = self.times[pages].reshape(len(asks), -1)
+        for user, ask in enumerate(asks):
+            # What lies beyond a user's tokens is somebody else's, or was never written and may be no number.
+            times[user, ask.past :], k[:, user, ask.past :], v[:, user, ask.past :] = 0, 0, 0
+        return {
+            "candidates": candidates,
+            "request_times": np.array([ask.request_time for ask in asks], np.int64),
+            "num_past": np.array([ask.past for ask in asks], np.int64),
+            "past_times": times,
+            **{f"past_k_{layer}": each for layer, each in enumerate(k)},
+            **{f"past_v_{layer}": each for layer, each in enumerate(v)},
+        }
 
     def _past(self, pages: np.ndarray, num_tokens: int) -> dict[str, np.ndarray]:
         own = pages[: pages_for(num_tokens)]

@@ -99,13 +99,12 @@ class FastestCompute:
     def score(self, asks: Sequence[Ask]) -> list[np.ndarray]:
         """Return probabilities [C, tasks] of each ask's candidates."""
         enough = self.graph_from["alone" if len(asks) == 1 else "together"]
-        # At no past tokens the graph divides by zero in some releases of ONNX Runtime.
-        long = [len(ask.candidates) >= enough and ask.past > 0 for ask in asks]
-        short = [ask for ask, is_long in zip(asks, long, strict=True) if not is_long]
-        scored = iter(self.torch_path.score(short) if short else ())
-        return [
-            self.graph.score([ask])[0] if is_long else next(scored) for ask, is_long in zip(asks, long, strict=True)
-        ]
+        paths = [self.graph if len(ask.candidates) >= enough else self.torch_path for ask in asks]
+        scores = {
+            path: iter(path.score([ask for ask, own in zip(asks, paths, strict=True) if own is path]))
+            for path in (self.graph, self.torch_path)
+        }
+        return [next(scores[path]) for path in paths]
 
     def paths(self) -> Sequence[Compute]:
         """Return torch alone, and the graph for every list it can score."""

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from gr_platform.bundle.compute import Ask, Piece
 from gr_platform.models.build import Model
-from gr_platform.models.paged import KVPages, Step, step_of, step_of_asks
+from gr_platform.models.paged import KVPages, PaddedPast, Step, step_of, step_of_asks
 from gr_platform.models.ranking import RankingModel
 from gr_platform.models.tokens import ITEM
 
@@ -33,15 +33,14 @@ def encode_tokens(
     return model.encoder.encode(x, times, query_times, past_times, past_k, past_v)
 
 
-def score_candidates(
-    model: RankingModel, candidates: Tensor, request_time: Tensor, past: tuple[Tensor, Tensor, Tensor]
-) -> Tensor:
-    """Return probabilities [C, tasks] against `past`, request_time int64 [1]: the graph exported as score.onnx."""
-    past_times, past_k, past_v = past
-    kinds, no_action = torch.full_like(candidates, ITEM), torch.zeros_like(candidates)
-    positions, times = no_action + past_times.shape[0], no_action + request_time
-    x = model.embedding(kinds, candidates, no_action, positions, times)
-    return torch.sigmoid(model.heads(model.encoder.score(x, request_time, past_times, past_k, past_v)))
+def score_candidates(model: RankingModel, candidates: Tensor, request_times: Tensor, past: PaddedPast) -> Tensor:
+    """Return probabilities [B, C, tasks] of candidates int64 [B, C], request_times int64 [B] ms: score.onnx."""
+    items, no_action = candidates.flatten(), torch.zeros_like(candidates)
+    positions, times = ((no_action + one[:, None]).flatten() for one in (past.num_tokens, request_times))
+    x = model.embedding(torch.full_like(items, ITEM), items, no_action.flatten(), positions, times)
+    logits = model.heads(model.encoder.score(x.view(*candidates.shape, -1), request_times, past))
+    # ONNX Runtime's Sigmoid is off by 1e-7, which is much of a small probability; its Exp is relatively exact.
+    return 1 / (1 + torch.exp(-logits))
 
 
 class TorchCompute:

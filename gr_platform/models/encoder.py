@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from gr_platform.errors import UserError
-from gr_platform.models.paged import KVPages, Step
+from gr_platform.models.paged import KVPages, PaddedPast, Step
 from kernels import Backend, JaggedTimes
 
 
@@ -40,10 +40,10 @@ class Encoder(nn.Module, ABC):
         """
         raise self._no_kv()
 
-    def score(self, x: Tensor, request_time: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
-        """Return rows [C, d] of candidate token vectors x [C, d] against one user's cached history.
+    def score(self, x: Tensor, request_times: Tensor, past: PaddedPast) -> Tensor:
+        """Return rows [B, C, d] of candidate token vectors x [B, C, d] against the cached history of each user.
 
-        request_time int64 [1]; the past as for `encode`. Raises UserError for an encoder without K/V.
+        request_times int64 [B] ms. Raises UserError for an encoder without K/V.
         """
         raise self._no_kv()
 
@@ -71,7 +71,8 @@ class Encoder(nn.Module, ABC):
         found = [x.new_empty(0, x.shape[1])]
         for user, (start, stop) in enumerate(pairwise(step.seq_offsets.tolist())):
             if stop > start:
-                found.append(self.score(x[start:stop], step.query_times[start : start + 1], *pages.of_user(step, user)))
+                past = PaddedPast.of_one(*pages.of_user(step, user))
+                found.append(self.score(x[None, start:stop], step.query_times[start : start + 1], past)[0])
         return torch.cat(found)
 
     def _no_kv(self) -> UserError:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from gr_platform.models.config import ModelConfig
 from gr_platform.models.encoder import Encoder
-from gr_platform.models.paged import KVPages, Step
+from gr_platform.models.paged import KVPages, PaddedPast, Step
 from kernels import (
     NUM_TIME_BUCKETS,
     Backend,
@@ -172,13 +172,34 @@ class HSTULayer(nn.Module):
         """Write the K/V of a step's kept tokens, whose rows nobody asks for."""
         pages.write(layer, step, *self._keys_values(x, self.backend))
 
-    def score(self, x: Tensor, request_time: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
-        """Return the rows [C, d] of candidates that see the history and themselves; request_time int64 [1]."""
-        u, v, q, k = self._project(x, "reference")
-        attention = attend_candidates(
-            q, k, v, past_k, past_v, request_time, past_times, self.pos_weight, self.time_weight, self.max_seq_len
+    def score(self, x: Tensor, request_times: Tensor, past: PaddedPast, layer: int) -> Tensor:
+        """Return the rows [B, C, d] of candidates x [B, C, d] that see their user's history and themselves.
+
+        request_times int64 [B]; the past of this layer is the `layer`-th. Plain operations: the bundle exports them.
+        """
+        flat = x.flatten(0, 1)
+        u, v, q, k = self._project(flat, "reference")
+        v, q, k = (part.unflatten(0, x.shape[:2]) for part in (v, q, k))
+        attention = self._attend_candidates(q, k, v, request_times, past, layer)
+        return self._combine(flat, attention.flatten(0, 1), u, "reference").view(x.shape)
+
+    def _attend_candidates(
+        self, q: Tensor, k: Tensor, v: Tensor, request_times: Tensor, past: PaddedPast, layer: int
+    ) -> Tensor:
+        """Return the attention [B, C, H, v_dim] of candidates; q, k, v [B, C, H, dim]."""
+        return attend_candidates(
+            q,
+            k,
+            v,
+            past.k[layer],
+            past.v[layer],
+            request_times[:, None],
+            past.times,
+            self.pos_weight,
+            self.time_weight,
+            self.max_seq_len,
+            num_past=past.num_tokens,
         )
-        return self._combine(x, attention, u, "reference")
 
 
 class HSTU(Encoder):
@@ -232,10 +253,10 @@ class HSTU(Encoder):
             new_v.append(v)
         return x, torch.stack(new_k), torch.stack(new_v)
 
-    def score(self, x: Tensor, request_time: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
+    def score(self, x: Tensor, request_times: Tensor, past: PaddedPast) -> Tensor:
         """Return rows of candidates, as `Encoder.score` says."""
         for index, layer in enumerate(self._stack()):
-            x = layer.score(x, request_time, past_times, past_k[index], past_v[index])
+            x = layer.score(x, request_times, past, index)
         return x
 
     def encode_paged(self, x: Tensor, step: Step, pages: KVPages, rows: Tensor) -> Tensor:

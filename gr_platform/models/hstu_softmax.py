@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from gr_platform.models.config import ModelConfig
 from gr_platform.models.encoder import Encoder
 from gr_platform.models.hstu import HSTU, HSTULayer
+from gr_platform.models.paged import PaddedPast
 from gr_platform.models.softmax_attention import Blocks, softmax_attend_candidates, softmax_attend_new
 from kernels import TIME_THRESHOLDS_MS, JaggedTimes, pairwise_time_buckets
 
@@ -74,15 +75,15 @@ class SoftmaxHSTULayer(HSTULayer):
         attention = softmax_attend_new(q, torch.cat([past_k, k]), torch.cat([past_v, v]), bias)
         return self._combine(asked, attention, u, "reference"), k, v
 
-    def score(self, x: Tensor, request_time: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
-        """Return the rows [C, d] of candidates that see the history and themselves; request_time int64 [1]."""
-        u, v, q, k = self._project(x, "reference")
-        num_past = past_times.shape[0]
-        distance = num_past - torch.arange(num_past, device=x.device)
-        bias = self.pos_weight[distance] + self.time_weight[pairwise_time_buckets(request_time, past_times)]
-        own_bias = self.pos_weight[0] + self.time_weight[0]
-        attention = softmax_attend_candidates(q, k, v, past_k, past_v, bias, own_bias)
-        return self._combine(x, attention, u, "reference")
+    def _attend_candidates(
+        self, q: Tensor, k: Tensor, v: Tensor, request_times: Tensor, past: PaddedPast, layer: int
+    ) -> Tensor:
+        """Return the attention of candidates, as `HSTULayer._attend_candidates` says."""
+        places = torch.arange(past.times.shape[1], device=q.device)
+        distance = (past.num_tokens[:, None] - places).clamp(min=0)
+        time = self.time_weight[pairwise_time_buckets(request_times[:, None], past.times)]
+        bias, own_bias = self.pos_weight[distance][:, None] + time, self.pos_weight[0] + self.time_weight[0]
+        return softmax_attend_candidates(q, k, v, past.k[layer], past.v[layer], bias, own_bias, past.num_tokens)
 
 
 class HSTUSoftmax(HSTU):

@@ -19,6 +19,25 @@ from kernels import PastKV, shared_tiles
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class PaddedPast:
+    """The past of B users side by side, each of num_tokens int64 [B] tokens, then zeros up to P of the longest.
+
+    times int64 [B, P] ms; k [B, P, H, D] and v [B, P, H, Dv] of each layer.
+    """
+
+    num_tokens: Tensor
+    times: Tensor
+    k: Sequence[Tensor]
+    v: Sequence[Tensor]
+
+    @staticmethod
+    def of_one(times: Tensor, k: Tensor, v: Tensor) -> "PaddedPast":
+        """Return the past of one user: times [P], k [layers, P, H, D], v [layers, P, H, Dv]."""
+        num_tokens = torch.tensor([len(times)], device=times.device)
+        return PaddedPast(num_tokens=num_tokens, times=times[None], k=list(k[:, None]), v=list(v[:, None]))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class KVPages:
     """k [layers, pages, page, H, D], v [layers, pages, page, H, Dv], times int64 [pages, page] ms."""
 

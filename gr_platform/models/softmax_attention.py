@@ -117,15 +117,20 @@ def softmax_attend_candidates(
     past_v: Tensor,
     bias: Tensor | None = None,
     own_bias: Tensor | None = None,
+    num_past: Tensor | None = None,
 ) -> Tensor:
-    """Return the attention [C, H, Dv] of candidates that each see one user's history and themselves (M-FALCON).
+    """Return the attention [..., C, H, Dv] of candidates that each see their user's history and themselves (M-FALCON).
 
-    q, k [C, H, D] and v [C, H, Dv] of the candidates; past_k [P, H, D], past_v [P, H, Dv]; bias [1, P] on the history
-    and own_bias [] on the candidate itself. Plain operations: this is what the bundle exports.
+    q, k [..., C, H, D] and v [..., C, H, Dv] of the candidates; past_k [..., P, H, D], past_v [..., P, H, Dv]; bias
+    [..., 1, P] on the history and own_bias [] on the candidate itself; num_past int64 [...]: how many of the P rows are
+    a user's, None: all. Plain operations: this is what the bundle exports.
     """
-    scores, own = torch.einsum("chd,lhd->hcl", q, past_k), (q * k).sum(-1).T[..., None]
-    scores = scores if bias is None else scores + bias
+    scores, own = torch.einsum("...chd,...lhd->...hcl", q, past_k), (q * k).sum(-1).transpose(-1, -2)[..., None]
+    scores = scores if bias is None else scores + bias[..., None, :, :]
+    if num_past is not None:
+        beyond = torch.arange(past_k.shape[-3], device=q.device) >= num_past[..., None]
+        scores = scores.masked_fill(beyond[..., None, None, :], -torch.inf)
     own = own if own_bias is None else own + own_bias
     weights = (torch.cat([scores, own], -1) * q.shape[-1] ** -0.5).softmax(-1)
-    over_history = torch.einsum("hcl,lhd->chd", weights[..., :-1], past_v)
-    return over_history + weights[..., -1:].transpose(0, 1) * v
+    over_history = torch.einsum("...hcl,...lhd->...chd", weights[..., :-1], past_v)
+    return over_history + weights[..., -1:].transpose(-2, -3) * v

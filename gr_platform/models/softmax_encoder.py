@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from gr_platform.models.config import ModelConfig
 from gr_platform.models.encoder import Encoder
+from gr_platform.models.paged import PaddedPast
 from gr_platform.models.softmax_attention import (
     Blocks,
     softmax_attend_candidates,
@@ -142,10 +143,11 @@ class CausalEncoder(SoftmaxEncoder):
             new_v.append(v)
         return self.final_norm(x), torch.stack(new_k), torch.stack(new_v)
 
-    def score(self, x: Tensor, request_time: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor) -> Tensor:
-        """Return rows of candidates, all at the position after the history, as `Encoder.score` says."""
-        positions = past_times.shape[0] + torch.zeros(x.shape[0], dtype=torch.int64, device=x.device)
+    def score(self, x: Tensor, request_times: Tensor, past: PaddedPast) -> Tensor:
+        """Return rows of candidates, all at the position after their history, as `Encoder.score` says."""
+        flat, positions = x.flatten(0, 1), past.num_tokens[:, None].expand(x.shape[:2]).flatten()
         for index, layer in enumerate(self._stack()):
-            attention = softmax_attend_candidates(*layer.project(x, positions), past_k[index], past_v[index])
-            x = layer.combine(x, attention)
-        return self.final_norm(x)
+            q, k, v = (part.unflatten(0, x.shape[:2]) for part in layer.project(flat, positions))
+            attention = softmax_attend_candidates(q, k, v, past.k[index], past.v[index], num_past=past.num_tokens)
+            flat = layer.combine(flat, attention.flatten(0, 1))
+        return self.final_norm(flat).view(x.shape)

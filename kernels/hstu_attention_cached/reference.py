@@ -1,4 +1,4 @@
-"""Cached HSTU attention in plain PyTorch; the forms for one user are also what the exported graphs are made of.
+"""Cached HSTU attention in plain PyTorch; `attend_new` and `attend_candidates` are what exported graphs are made of.
 
 Invariant: the rows equal those of the whole sequence computed at once.
 
@@ -10,12 +10,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kernels.hstu_attention.time_buckets import pairwise_time_buckets
+from kernels.hstu_attention.time_buckets import looked_up, pairwise_time_buckets
 
 
 def _weights(q_CHD: Tensor, k_LHD: Tensor, bias: Tensor) -> Tensor:
-    """Return SiLU(q k^T + bias) [H, C, L]; bias [C, L] is shared by the heads."""
-    return F.silu(torch.einsum("chd,lhd->hcl", q_CHD, k_LHD) + bias)
+    """Return SiLU(q k^T + bias) [..., H, C, L]; bias [..., C, L] is shared by the heads."""
+    products = q_CHD.transpose(-2, -3) @ k_LHD.transpose(-2, -3).transpose(-1, -2)
+    return F.silu(products + bias[..., None, :, :])
+
+
+def _weighted(weights_HCL: Tensor, v_LHD: Tensor) -> Tensor:
+    """Return the weighted sums [..., C, H, Dv]."""
+    return (weights_HCL @ v_LHD.transpose(-2, -3)).transpose(-2, -3)
 
 
 def attend_new(
@@ -40,8 +46,9 @@ def attend_new(
     sees = distance >= 0
     if max_attn_len:
         sees = sees & (distance <= max_attn_len)
-    bias = pos_weight[distance.clamp(min=0)] + time_weight[pairwise_time_buckets(query_times, key_times)]
-    return torch.einsum("hcl,lhd->chd", _weights(q, k, bias) * sees.to(q.dtype), v) / max_seq_len
+    buckets = pairwise_time_buckets(query_times, key_times)
+    bias = looked_up(pos_weight, distance.clamp(min=0)) + looked_up(time_weight, buckets)
+    return _weighted(_weights(q, k, bias) * sees.to(q.dtype), v) / max_seq_len
 
 
 def attend_candidates(
@@ -57,20 +64,24 @@ def attend_candidates(
     max_seq_len: int,
     max_attn_len: int = 0,
     own_times: Tensor | None = None,
+    num_past: Tensor | None = None,
 ) -> Tensor:
     """Return the attention [C, H, Dv] of C candidates that each see one user's history and themselves (M-FALCON).
 
     q, k [C, H, D] and v [C, H, Dv] of the candidates; past_k [P, H, D], past_v [P, H, Dv]; past_times int64 [P] and
     request_times int64 [1] (of all) or [C] in ms; own_times int64 [C]: the candidates' times as keys, None where they
-    are the request's. All candidates stand at position P.
+    are the request's. All candidates stand behind the past. Several users at once: every argument with a dimension
+    more in front, and num_past int64 [B], how many of the P rows are a user's; the others are zero.
     """
-    num_past = past_k.shape[0]
-    distance = num_past - torch.arange(num_past, device=q.device)
-    bias = pos_weight[distance] + time_weight[pairwise_time_buckets(request_times, past_times)]
+    if num_past is None:
+        num_past = torch.tensor(past_k.shape[-3], device=q.device)
+    distance = (num_past[..., None] - torch.arange(past_k.shape[-3], device=q.device)).clamp(min=0)
+    buckets = pairwise_time_buckets(request_times, past_times)
+    bias = looked_up(pos_weight, distance)[..., None, :] + looked_up(time_weight, buckets)
     weights = _weights(q, past_k, bias)
     if max_attn_len:
-        weights = weights * (distance <= max_attn_len).to(q.dtype)
-    over_history = torch.einsum("hcl,lhd->chd", weights, past_v)
+        weights = weights * (distance <= max_attn_len).to(q.dtype)[..., None, None, :]
+    over_history = _weighted(weights, past_v)
     own_bias = pos_weight[0] + time_weight[0]
     if own_times is not None:
         apart = request_times - own_times

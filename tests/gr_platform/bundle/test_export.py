@@ -170,3 +170,12 @@ def test_a_manifest_changed_after_the_export_is_refused(bundle_folder, tmp_path)
         (folder / "manifest.json").write_text(json.dumps(manifest))
         with pytest.raises(UserError, match=f"the manifest of bundle {name}"):
             load(folder)
+
+
+def test_a_bundle_of_another_export_is_refused_before_anything_is_computed(bundle_folder, tmp_path):
+    folder = shutil.copytree(bundle_folder, tmp_path / "older")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["facts"]["export_version"] -= 1
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match="bundle older was exported by another release; run gr materialize"):
+        load(folder)

@@ -14,6 +14,7 @@ from gr_platform.models.build import build_encoder, build_model
 from gr_platform.models.compute import TorchCompute
 from gr_platform.models.config import ModelConfig
 from gr_platform.models.hstu_softmax import HSTUSoftmax
+from gr_platform.models.paged import PaddedPast
 from gr_platform.models.softmax_attention import Blocks, softmax_attention
 from gr_platform.models.tokens import ranking_tokens, retrieval_tokens
 from kernels import JaggedTimes
@@ -160,7 +161,7 @@ def test_an_encoder_without_kv_refuses_to_go_on_from_a_cache(encoder):
     with pytest.raises(UserError, match="keeps no K/V"):
         model.encode(none, none, none, none, none, none)
     with pytest.raises(UserError, match="keeps no K/V"):
-        model.score(none, none, none, none, none)
+        model.score(none, none, PaddedPast.of_one(none, none[None], none[None]))
 
 
 @pytest.mark.parametrize("causal", [True, False])
