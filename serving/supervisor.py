@@ -154,7 +154,8 @@ class Supervisor:
         log.warning("event=reload model=%s reason=%s number=%d", model, reason, len(recent))
         self._note(f"{reason} {model}", num_reloads=self._health.num_reloads + 1)
         try:
-            swap.reload(self._handle, model, self._policy.load_s)
+            for each in (model, *(caller for caller in swap.CALLERS.get(model, ()) if caller in self._watches)):
+                swap.reload(self._handle, each, self._policy.load_s)
         except UserError as error:
             return str(error)
         log.info("event=reloaded model=%s seconds=%.1f", model, time.monotonic() - recent[-1])

@@ -28,6 +28,15 @@ WAIT_S = 300.0
 # The ranker goes first: the vocabulary only grows, so a new ranker knows every item that the old retriever returns,
 # while an old ranker would score the new retriever's new items as unknown. Back goes the other way round.
 SWAP_ORDER = ("gr_ranker", "gr_retriever", "gr_recommender")
+# Who asks whom: a caller whose callee dies waits for ever (release 24.10), so it is replaced with it.
+CALLERS = {
+    "gr_ranker": ("gr_recommender", "gr_user_recommender"),
+    "gr_retriever": ("gr_recommender", "gr_user_recommender"),
+    repository.SHADOW: ("gr_recommender", "gr_user_recommender"),
+    "gr_recommender": ("gr_user_recommender",),
+}
+# What a replaced process gets to answer the requests that it still can.
+DRAIN_S = 5.0
 JOURNAL = "serving/deploying.json"
 
 
@@ -96,7 +105,17 @@ def load(handle: ServerHandle, model: str, timeout_s: float) -> None:
 
 
 def reload(handle: ServerHandle, model: str, timeout_s: float) -> None:
-    """Replace a model's process by a new one, for whatever reason. Raises UserError if it does not answer then."""
+    """Replace a model's process by a new one, for whatever reason, and end the old one if it does not end by itself.
+
+    Raises UserError if it does not answer then.
+    """
+    before = handle.stubs(model)
+    _load_changed(handle, model, timeout_s)
+    processes.wait_gone(list(before), DRAIN_S)
+    processes.kill(before)
+
+
+def _load_changed(handle: ServerHandle, model: str, timeout_s: float) -> None:
     model_file = handle.home / repository.LINK / model / "1" / "model.py"
     try:
         # The server takes a model with unchanged files for loaded, its process dead or not.

@@ -23,6 +23,7 @@ import pytest
 
 from gr_platform import settings, storage
 from gr_platform.errors import UserError, sentence_for
+from gr_platform.processes import is_alive
 from serving import health, repository, swap, verification
 from serving.client import Client, History, ServingError
 from serving.handle import ServerHandle, attach, record_path, sweep
@@ -142,6 +143,27 @@ def test_a_model_whose_process_is_killed_answers_right_again_within_seconds(serv
         wait_for(lambda: health.read(served.home).state == "serving", 20.0)
         assert acts(served.home) == (1, 0)
         assert health.read(served.home).reason == f"stub_died {model}"
+    served.assert_right()
+
+
+def test_who_waits_for_a_model_that_dies_does_not_wait_for_ever(served: Served) -> None:
+    def processes(model: str) -> set[psutil.Process]:
+        return {stub for stub in served.handle.stubs(model) if stub.status() != psutil.STATUS_ZOMBIE}
+
+    callers = processes("gr_recommender") | processes("gr_user_recommender")
+    with watched(served), Client(served.handle.grpc_address, deadline_s=2.0) as client:
+        wait_for(lambda: health.read(served.home))
+        (stub,) = processes("gr_ranker")
+        stub.suspend()
+        with ThreadPoolExecutor(1) as thread:
+            asked = thread.submit(client.recommend, HISTORY, k=3, request_time=after(HISTORY))
+            time.sleep(0.5)
+            stub.kill()
+            with pytest.raises(ServingError, match="gr_recommender"):
+                asked.result()
+        wait_for(lambda: not any(map(is_alive, callers)), 30.0)
+        wait_for(lambda: health.read(served.home).state == "serving", 20.0)
+        assert acts(served.home) == (1, 0)
     served.assert_right()
 
 
