@@ -24,6 +24,8 @@ from serving.client_tensors import Answer, CallOptions
 from serving.engine.requests import History
 
 DEADLINE_S = 30.0
+# Before all others: a deployment must not fail because many ask.
+_FIRST = CallOptions(request_id=calls.GOLDEN, priority=0)
 # Asked of the retriever: the best of the catalogue, among which a small one's golden candidates are.
 _DEPTH = 1000
 
@@ -101,7 +103,7 @@ class _Judge:
             call = client_tensors.score(history, candidates, request.request_time, id_type=id_type)
         else:
             call = client_tensors.ranked_list(model, history, _DEPTH, request.request_time, (), id_type=id_type)
-        arguments = replace(call, model=model).arguments(CallOptions(request_id=calls.GOLDEN), DEADLINE_S)
+        arguments = replace(call, model=model).arguments(_FIRST, DEADLINE_S)
         try:
             answer = call.answer(client.infer(**arguments))
         except grpcclient.InferenceServerException as failed:

@@ -79,7 +79,7 @@ class Tunable(Protocol):
     """A `Compute` that settles while it warms up what it computes by."""
 
     def tune(self) -> None:
-        """Measure and choose; writes to no page."""
+        """Measure and choose; writes to pages, so before anybody's are there."""
         ...
 
     def paths(self) -> Sequence[Compute]:

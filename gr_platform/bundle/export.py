@@ -33,6 +33,12 @@ from kernels import TIME_THRESHOLDS_MS
 OPSET = 20
 
 
+def _halves(past_kv: tuple[Tensor, ...]) -> tuple[tuple[Tensor, ...], tuple[Tensor, ...]]:
+    """Return k and v of every layer."""
+    num_layers = len(past_kv) // 2
+    return past_kv[:num_layers], past_kv[num_layers:]
+
+
 class _Encode(nn.Module):
     def __init__(self, model: Model) -> None:
         super().__init__()
@@ -46,10 +52,9 @@ class _Encode(nn.Module):
         times: Tensor,
         query_times: Tensor,
         past_times: Tensor,
-        past_k: Tensor,
-        past_v: Tensor,
+        *past_kv: Tensor,
     ) -> tuple[Tensor, ...]:
-        past = (past_times, past_k, past_v)
+        past = (past_times, *_halves(past_kv))
         row, k, v = encode_tokens(self.model, kinds, items, actions, times, query_times, past)
         # A ranking model's candidates come later, so nobody asks for a row of its history: the graph leaves it out.
         return (row, k, v) if self.model.config.kind == "retrieval" else (k, v)
@@ -68,8 +73,8 @@ class _Score(nn.Module):
         past_times: Tensor,
         *past_kv: Tensor,
     ) -> Tensor:
-        num_layers = len(past_kv) // 2
-        past = PaddedPast(num_tokens=num_past, times=past_times, k=past_kv[:num_layers], v=past_kv[num_layers:])
+        k, v = _halves(past_kv)
+        past = PaddedPast(num_tokens=num_past, times=past_times, k=k, v=v)
         return score_candidates(self.model, candidates, request_times, past)
 
 
@@ -109,12 +114,13 @@ def _forget_origin(proto: onnx.ModelProto) -> None:
 
 
 def _past(model: Model, *lengths: int) -> dict[str, Tensor]:
-    config = model.config
-    shape = (config.num_layers, *lengths, config.num_heads)
-    return {
-        "past_times": torch.zeros(*lengths, dtype=torch.int64),
-        "past_k": torch.zeros(*shape, config.qk_dim),
-        "past_v": torch.zeros(*shape, config.v_dim),
+    """Return the inputs of a past of these dimensions; the layers apart, because a graph copies what it splits."""
+    config, times = model.config, torch.zeros(*lengths, dtype=torch.int64)
+    widths = {"past_k": config.qk_dim, "past_v": config.v_dim}
+    return {"past_times": times} | {
+        f"{name}_{layer}": torch.zeros(*lengths, config.num_heads, width)
+        for name, width in widths.items()
+        for layer in range(config.num_layers)
     }
 
 
@@ -123,36 +129,32 @@ def write_graphs(model: Model, folder: Path) -> None:
 
     Users, history, new tokens and candidates have dynamic numbers.
     """
-    new, past = torch.export.Dim("new"), torch.export.Dim("past")
-    past_axes = {"past_times": {0: past}, "past_k": {1: past}, "past_v": {1: past}}
+    new, past, users = (torch.export.Dim(name) for name in ("new", "past", "users"))
+    num_layers = model.config.num_layers
     token_names = ("kinds", "items", "actions", "times", "query_times")
     tokens = {name: torch.ones(3, dtype=torch.int64) for name in token_names}
     _export_graph(
         _Encode(model),
         folder / "encode.onnx",
         tokens | _past(model, 5),
-        {name: {0: new} for name in token_names} | past_axes,
+        {name: {0: new} for name in token_names}
+        | {"past_times": {0: past}, "past_kv": tuple({0: past} for _ in range(2 * num_layers))},
         ["row", "k", "v"] if model.config.kind == "retrieval" else ["k", "v"],
     )
     if isinstance(model, RankingModel):
-        users = torch.export.Dim("users")
-        cached = _past(model, 2, 5)
-        # The layers apart: a graph would copy them out of one tensor.
-        layers = {f"{name}_{i}": layer for name in ("past_k", "past_v") for i, layer in enumerate(cached.pop(name))}
         asked = {
             "candidates": torch.ones(2, 3, dtype=torch.int64),
             "request_times": torch.zeros(2, dtype=torch.int64),
             "num_past": torch.full((2,), 5),
-            **cached,
         }
         axes = {
             "candidates": {0: users, 1: torch.export.Dim("candidates")},
             "request_times": {0: users},
             "num_past": {0: users},
             "past_times": {0: users, 1: past},
-            "past_kv": tuple({0: users, 1: past} for _ in layers),
+            "past_kv": tuple({0: users, 1: past} for _ in range(2 * num_layers)),
         }
-        _export_graph(_Score(model), folder / "score.onnx", asked | layers, axes, ["scores"])
+        _export_graph(_Score(model), folder / "score.onnx", asked | _past(model, 2, 5), axes, ["scores"])
 
 
 @torch.no_grad()

@@ -66,14 +66,15 @@ class Bundle:
         """Return the loaded model with room for `num_pages` pages of K/V.
 
         path: "torch" (the kernels, several users a step), "onnx" (the graphs in ONNX Runtime, with no torch in the
-        process), or "auto": torch encodes, and candidates are scored by whichever is faster. cache_dtype: what K/V are
+        process), or "auto": both, each for what it does faster. cache_dtype: what K/V are
         kept in and products made in. Raises UserError for a short one without a GPU.
         """
         if path == "onnx" and cache_dtype != "fp32":
             raise UserError(f"cache_dtype is {cache_dtype}, the graphs keep fp32; set compute to auto or torch")
         if path == "onnx":
             return OnnxCompute(self.folder, self.config, self.num_tasks, num_pages, num_threads=num_threads)
-        from gr_platform.bundle.torch_model import fastest_compute, torch_compute
+        from gr_platform.bundle.fastest import fastest_compute
+        from gr_platform.bundle.torch_model import torch_compute
 
         make = fastest_compute if path == "auto" else torch_compute
         return make(self, num_pages, num_threads=num_threads, cache_dtype=cache_dtype)

@@ -21,6 +21,20 @@ from gr_platform.models.config import ModelConfig
 CALL_PAIRS = 4096
 
 
+# The graphs' name of the item vectors, by far their largest weights.
+_ITEMS = "model.embedding.items.weight"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shared:
+    """What two paths of one bundle hold together: pages k, v, times, and the item vectors float32 [rows, d]."""
+
+    k: np.ndarray
+    v: np.ndarray
+    times: np.ndarray
+    items: np.ndarray
+
+
 @dataclass(slots=True)
 class _Group:
     """Asks scored in one call, by their place in the step."""
@@ -77,13 +91,15 @@ class _Room:
         return gathered.reshape(len(pool), len(pages), -1, *pool.shape[3:])
 
 
-def _session(path: Path, num_threads: int) -> ort.InferenceSession:
+def _session(path: Path, num_threads: int, items: ort.OrtValue | None) -> ort.InferenceSession:
     options = ort.SessionOptions()
     options.intra_op_num_threads = num_threads
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     # Several server processes share the cores: a thread that spins while it waits steals them.
     options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    if items is not None:
+        options.add_initializer(_ITEMS, items)
     return ort.InferenceSession(path, options, providers=["CPUExecutionProvider"])
 
 
@@ -98,24 +114,24 @@ class OnnxCompute:
         num_pages: int,
         *,
         num_threads: int = 1,
-        shared: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,
+        shared: Shared | None = None,
     ) -> None:
-        """shared: pages (k, v, times) of another path, which encodes into them; this one then scores alone."""
+        """shared: what another path of the same bundle lends, which reads and writes the same pages."""
         self.config, self.num_tasks, self.num_pages = config, num_tasks, num_pages
-        self._encode = None if shared else _session(folder / "encode.onnx", num_threads)
-        self._score = _session(folder / "score.onnx", num_threads) if config.kind == "ranking" else None
+        # Kept, or the sessions would read memory that is gone.
+        self._items = ort.OrtValue.ortvalue_from_numpy(shared.items) if shared else None
+        self._encode = _session(folder / "encode.onnx", num_threads, self._items)
+        self._score = _session(folder / "score.onnx", num_threads, self._items) if config.kind == "ranking" else None
         shape = (config.num_layers, num_pages, PAGE_TOKENS, config.num_heads)
-        self.k, self.v, self.times = shared or (
-            np.empty((*shape, config.qk_dim), np.float32),
-            np.empty((*shape, config.v_dim), np.float32),
-            np.empty((num_pages, PAGE_TOKENS), np.int64),
-        )
+        if shared is None:
+            k, v = (np.empty((*shape, width), np.float32) for width in (config.qk_dim, config.v_dim))
+            self.k, self.v, self.times = k, v, np.empty((num_pages, PAGE_TOKENS), np.int64)
+        else:
+            self.k, self.v, self.times = shared.k, shared.v, shared.times
         self._rooms = _Room(self.k), _Room(self.v)
 
     def encode(self, pieces: Sequence[Piece]) -> np.ndarray:
         """Write the kept tokens' K/V and return the rows float32 [R, d] of the pieces that want one."""
-        if self._encode is None:
-            raise RuntimeError("encode() needs pages of its own")
         rows = [np.zeros((0, self.config.embedding_dim), np.float32)]
         for piece in pieces:
             *row, k, v = self._encode.run(None, _fields(piece) | self._past(piece.pages, piece.past))
@@ -157,14 +173,21 @@ class OnnxCompute:
             "request_times": np.array([ask.request_time for ask in asks], np.int64),
             "num_past": np.array([ask.past for ask in asks], np.int64),
             "past_times": times,
-            **{f"past_k_{layer}": each for layer, each in enumerate(k)},
-            **{f"past_v_{layer}": each for layer, each in enumerate(v)},
+            **_layers("past_k", k),
+            **_layers("past_v", v),
         }
 
     def _past(self, pages: np.ndarray, num_tokens: int) -> dict[str, np.ndarray]:
+        """Return what encode.onnx takes of one user's past."""
         own = pages[: pages_for(num_tokens)]
-        k, v = (pool[:, own].reshape(len(pool), -1, *pool.shape[3:])[:, :num_tokens] for pool in (self.k, self.v))
-        return {"past_times": self.times[own].reshape(-1)[:num_tokens], "past_k": k, "past_v": v}
+        k, v = (room.gather(own[None])[:, 0, :num_tokens] for room in self._rooms)
+        times = self.times[own].reshape(-1)[:num_tokens]
+        return {"past_times": times, **_layers("past_k", k), **_layers("past_v", v)}
+
+
+def _layers(name: str, kv: np.ndarray) -> dict[str, np.ndarray]:
+    """Return the inputs of each layer, views of one array."""
+    return {f"{name}_{layer}": each for layer, each in enumerate(kv)}
 
 
 def _fields(piece: Piece) -> dict[str, np.ndarray]:

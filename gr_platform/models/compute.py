@@ -24,7 +24,7 @@ def encode_tokens(
     actions: Tensor,
     times: Tensor,
     query_times: Tensor,
-    past: tuple[Tensor, Tensor, Tensor],
+    past: tuple[Tensor, Sequence[Tensor], Sequence[Tensor]],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the last row [1, d], k and v of one user's new tokens after `past` = (times, k, v): encode.onnx."""
     past_times, past_k, past_v = past

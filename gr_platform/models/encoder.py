@@ -8,6 +8,7 @@ embedding_dim.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
@@ -31,12 +32,18 @@ class Encoder(nn.Module, ABC):
         """
 
     def encode(
-        self, x: Tensor, times: Tensor, query_times: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor
+        self,
+        x: Tensor,
+        times: Tensor,
+        query_times: Tensor,
+        past_times: Tensor,
+        past_k: Sequence[Tensor],
+        past_v: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the last row [1, d], k [layers, L, H, qk_dim] and v [layers, L, H, v_dim] of a user's L new tokens.
 
-        x [L, d]; times, query_times int64 [L]; past_times int64 [P]; past_k, past_v [layers, P, H, dim]. The last layer
-        computes no other row: nothing comes of them. Raises UserError for an encoder without K/V.
+        x [L, d]; times, query_times int64 [L]; past_times int64 [P]; past_k, past_v [P, H, dim] of each layer. The last
+        layer computes no other row: nothing comes of them. Raises UserError for an encoder without K/V.
         """
         raise self._no_kv()
 

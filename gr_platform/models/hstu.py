@@ -9,6 +9,7 @@ Source: PAPER section 2.
 """
 
 import math
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -241,7 +242,13 @@ class HSTU(Encoder):
         return x if rows is None or few else x.index_select(0, rows)
 
     def encode(
-        self, x: Tensor, times: Tensor, query_times: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor
+        self,
+        x: Tensor,
+        times: Tensor,
+        query_times: Tensor,
+        past_times: Tensor,
+        past_k: Sequence[Tensor],
+        past_v: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the last row, k, v of one user's new tokens, as `Encoder.encode` says."""
         key_times, stack = torch.cat([past_times, times]), self._stack()

@@ -31,10 +31,10 @@ class PaddedPast:
     v: Sequence[Tensor]
 
     @staticmethod
-    def of_one(times: Tensor, k: Tensor, v: Tensor) -> "PaddedPast":
-        """Return the past of one user: times [P], k [layers, P, H, D], v [layers, P, H, Dv]."""
+    def of_one(times: Tensor, k: Sequence[Tensor], v: Sequence[Tensor]) -> "PaddedPast":
+        """Return the past of one user: times [P], k [P, H, D] and v [P, H, Dv] of each layer."""
         num_tokens = torch.tensor([len(times)], device=times.device)
-        return PaddedPast(num_tokens=num_tokens, times=times[None], k=list(k[:, None]), v=list(v[:, None]))
+        return PaddedPast(num_tokens=num_tokens, times=times[None], k=[x[None] for x in k], v=[x[None] for x in v])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,15 +59,15 @@ class KVPages:
         """Return the past of the step's users in one layer."""
         return PastKV(self.k[layer], self.v[layer], self.times, step.past_offsets, step.page_table)
 
-    def of_user(self, step: "Step", user: int) -> tuple[Tensor, Tensor, Tensor]:
-        """Return one user's past times [P], k [layers, P, H, D] and v [layers, P, H, Dv], copied together."""
+    def of_user(self, step: "Step", user: int) -> tuple[Tensor, list[Tensor], list[Tensor]]:
+        """Return one user's past times [P], k [P, H, D] and v [P, H, Dv] of each layer, copied together."""
         start, stop = step.past_offsets[user : user + 2].tolist()
         pages = step.page_table[user, : -(-(stop - start) // PAGE_TOKENS)].long()
         past = slice(0, stop - start)
         return (
             self.times[pages].flatten(0, 1)[past],
-            self.k[:, pages].flatten(1, 2)[:, past],
-            self.v[:, pages].flatten(1, 2)[:, past],
+            list(self.k[:, pages].flatten(1, 2)[:, past]),
+            list(self.v[:, pages].flatten(1, 2)[:, past]),
         )
 
     def write_times(self, step: "Step") -> None:

@@ -7,7 +7,7 @@ weights of attention: PyTorch's flash attention for the CPU has none.
 Legend: as in softmax_attention.py; d embedding_dim.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import cast
 
 import torch
@@ -128,7 +128,13 @@ class CausalEncoder(SoftmaxEncoder):
     causal = True
 
     def encode(
-        self, x: Tensor, times: Tensor, query_times: Tensor, past_times: Tensor, past_k: Tensor, past_v: Tensor
+        self,
+        x: Tensor,
+        times: Tensor,
+        query_times: Tensor,
+        past_times: Tensor,
+        past_k: Sequence[Tensor],
+        past_v: Sequence[Tensor],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return the last row, k, v of one user's new tokens, as `Encoder.encode` says; times do not count."""
         positions, stack = past_times.shape[0] + torch.arange(x.shape[0], device=x.device), self._stack()

@@ -99,7 +99,7 @@ class Engine:
 
         Raises InvalidRequestError, and QueueFullError if too many wait.
         """
-        self._check_room()
+        self._check_room(terms or Terms())
         job = self.model.prepare(request)
         job.done, job.terms = done, terms or job.terms
         with self._wake:
@@ -108,10 +108,13 @@ class Engine:
             self._arrived.append(job)
             self._wake.notify()
 
-    def _check_room(self) -> None:
-        """Raise QueueFullError if too many wait, or they will take too long: what is taken is answered in time."""
+    def _check_room(self, terms: Terms) -> None:
+        """Raise QueueFullError if too many wait, or they will take too long: what is taken is answered in time.
+
+        The most urgent (priority 0) wait for each other alone, so the time that all take does not count for them.
+        """
         num_jobs = self.num_jobs
-        expected_s = num_jobs * self._pace.seconds_a_job
+        expected_s = num_jobs * self._pace.seconds_a_job if terms.priority else 0.0
         if num_jobs >= self.limits.max_queue or (num_jobs >= MIN_QUEUE and expected_s > self.limits.max_wait_s):
             raise self._refusal(
                 f"{num_jobs} requests wait for this model already, {expected_s:.1f} s of work; try again later"

@@ -10,7 +10,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from gr_platform.bundle.compute import Piece
+from gr_platform.bundle.compute import Piece, Tunable
 from gr_platform.models.tokens import retrieval_tokens
 from serving.engine.history import dense, visible_events
 from serving.engine.jobs import Job
@@ -99,6 +99,8 @@ class Retriever(Model):
             tokens = retrieval_tokens(zeros, zeros, zeros, 0)
             pages = self.warm_pages(len(tokens))
             rows = self.compute.encode([Piece(tokens=tokens, past=0, pages=pages, keep=len(tokens) - 1)])
+        if isinstance(self.compute, Tunable):
+            self.compute.tune()
         for num_users in (1, _USERS_A_STEP):
             users = np.repeat(rows, num_users, axis=0)
             best_items(users, self.bundle.item_vectors, [10] * num_users, [self._never] * num_users)

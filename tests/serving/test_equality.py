@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gr_platform.bundle.compute import ComputePath
-from gr_platform.bundle.torch_model import FastestCompute
+from gr_platform.bundle.fastest import FastestCompute
 from gr_platform.models.config import Kind
 from gr_platform.models.recipes import named
 from serving.client import Answer, Client, History
@@ -165,6 +165,7 @@ def engine(model: Offline, path: ComputePath, cache_bytes: int) -> Engine:
     made.microbatches = Microbatches.fixed(64)
     if isinstance(made.compute, FastestCompute):
         made.compute.graph_from = {"alone": 17, "together": 20}
+        made.compute.graph_to = {"alone": 3, "together": 20}
     return Engine(made, Limits(max_users=5, step_tokens=48, max_wait_s=math.inf))
 
 

@@ -10,13 +10,13 @@ import pytest
 import torch
 
 from gr_platform.bundle import export
-from gr_platform.bundle.compute import ITEM_BYTES, Ask, Tunable, page_bytes
+from gr_platform.bundle.compute import ITEM_BYTES, Ask, Piece, Tunable, page_bytes
 from gr_platform.bundle.load import load
 from gr_platform.bundle.verify import SHORT_TOLERANCE, parity
 from gr_platform.errors import UserError
 from gr_platform.models.compute import TorchCompute
 from gr_platform.models.recipes import tiny
-from gr_platform.models.tokens import ranking_tokens
+from gr_platform.models.tokens import ranking_tokens, retrieval_tokens
 from tests.gr_platform.paging import NUM_PAGES, encode_in_pieces
 
 NUM_ITEMS = 200
@@ -58,8 +58,9 @@ def test_every_path_says_what_the_offline_model_said(bundle_folder, path):
     assert parity(bundle, compute).ok
     if isinstance(compute, Tunable):
         compute.tune()
-        # Whatever this machine is faster at: every list by the graph, which reads what torch encoded, and none.
-        for graph_from in (1, math.inf):
+        # Whatever this machine is faster at, and each going on from what the other encoded.
+        for graph_to, graph_from in ((0, 0), (math.inf, math.inf), (0, math.inf), (math.inf, 0), (8, 4)):
+            compute.graph_to = dict.fromkeys(compute.graph_to, graph_to)
             compute.graph_from = dict.fromkeys(compute.graph_from, graph_from)
             assert parity(bundle, compute).ok
 
@@ -71,6 +72,47 @@ def test_each_path_that_may_score_is_held_against_the_golden_requests(tmp_path, 
     exact = compute.graph.score
     compute.graph.score = lambda asks: [scores + 1e-3 for scores in exact(asks)]
     assert [parity(bundle, path).ok for path in compute.paths()] == [True, False]
+    compute.graph.score, encode = exact, compute.graph.encode
+
+    def encode_wrongly(pieces):
+        rows = encode(pieces)
+        for piece in pieces:
+            compute.graph.v.reshape(2, -1)[:, piece.pages] += 0.1
+        return rows
+
+    compute.graph.encode = encode_wrongly
+    assert [parity(bundle, path).ok for path in compute.paths()] == [True, False]
+
+
+def test_pieces_of_one_step_go_where_they_belong_and_their_rows_come_back_in_order(tmp_path, random_bundle):
+    bundle = load(random_bundle(tmp_path / "retrieval", "retrieval", num_items=NUM_ITEMS))
+    pieces, found = [], []
+    for number, (length, wanted) in enumerate([(3, True), (20, True), (1, True), (9, False), (30, True), (5, True)]):
+        ids = np.arange(5, 5 + length)
+        tokens = retrieval_tokens(ids, np.ones(length, np.int64), ids * 1000 + number, 10**5)
+        pages = np.arange(2 * number, 2 * number + 2, dtype=np.int32)
+        pieces.append(Piece(tokens=tokens, past=0, pages=pages, keep=len(tokens) - wanted))
+    compute = bundle.compute(NUM_PAGES)
+    for graph_to in (0, 10, math.inf):
+        compute.graph_to["together"] = graph_to
+        found.append(compute.encode(pieces))
+        assert found[-1].shape == (5, bundle.config.embedding_dim)
+    for other in found[1:]:
+        np.testing.assert_allclose(other, found[0], rtol=0, atol=1e-5 * np.abs(found[0]).max())
+
+
+def test_both_paths_read_the_item_vectors_where_they_lie(tmp_path, random_bundle):
+    bundle = load(random_bundle(tmp_path / "ranking", "ranking", num_items=NUM_ITEMS))
+    compute = bundle.compute(NUM_PAGES)
+    tokens = ranking_tokens(np.array([7]), np.ones(1, np.int64), np.zeros(1, np.int64), 10**5)
+    keys = []
+    for path, grows_by in ((compute.graph, 0.0), (compute.graph, 1.0), (compute.torch_path, 0.0)):
+        with torch.no_grad():
+            compute.torch_path.model.embedding.items.weight[7, 0] += grows_by
+        encode_in_pieces(path, tokens, [], keeps_last=True, pages=np.zeros(1, np.int32))
+        keys.append(compute.graph.k[:, 0, :3].copy())
+    assert np.abs(keys[1] - keys[0]).max() > 0.01
+    np.testing.assert_allclose(keys[2], keys[1], rtol=0, atol=1e-5)
 
 
 def test_lists_of_one_step_go_where_they_belong_and_come_back_in_order(tmp_path, random_bundle):

@@ -179,6 +179,8 @@ def test_what_would_wait_too_long_is_refused_at_once_and_a_hiccup_refuses_nobody
     taken = [submit(engine, rank(some_history(2))) for _ in range(4)]
     with pytest.raises(QueueFullError, match=r"4 requests wait for this model already, 0\.1 s of work"):
         submit(engine, rank(some_history(2)))
+    # The most urgent wait for each other alone: a supervisor's canary, a deployment's golden requests.
+    taken.append(submit(engine, rank(some_history(2)), Terms(priority=0)))
     run(engine, *taken)
 
 
