@@ -9,6 +9,7 @@ import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
+from gr_platform import settings
 from gr_platform.errors import UserError
 
 _ASK = """
@@ -38,6 +39,8 @@ class Installation:
         return inherited | {
             "PATH": f"{self.bin}{os.pathsep}{os.environ.get('PATH', os.defpath)}",
             "LD_LIBRARY_PATH": os.pathsep.join(libraries),
+            # numpy would search the catalogue on every core, waiting in a loop for those that other models use.
+            "OPENBLAS_NUM_THREADS": str(settings.num_threads()),
         }
 
     def link_backends(self, folder: Path) -> None:
