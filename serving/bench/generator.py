@@ -45,12 +45,17 @@ RECORD = np.dtype(
     ]
 )
 
+_OUTCOME = (RECORD.names or ()).index("outcome")
+# A caller who was refused does not ask again at once.
+REFUSED_PAUSE_S = 0.05
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
     """Traffic for `seconds`: from `callers` who each wait for their answer, or, with callers 0, by a schedule.
 
-    A schedule offers `rate` requests a second, or, with rate 0, `share` of what the last phase of callers reached.
+    A schedule offers `rate` requests a second, or, with rate 0, `share` of the answers a second that the last phase of
+    callers got.
     """
 
     seconds: float
@@ -116,7 +121,8 @@ class Generator:
             began, count = time.monotonic(), len(self._records)
             if phase.callers:
                 await self._closed(number, phase)
-                self._saturation = (len(self._records) - count) / (time.monotonic() - began)
+                answered = sum(record[_OUTCOME] == OK for record in self._records[count:])
+                self._saturation = answered / (time.monotonic() - began)
             rate = self._saturation if phase.callers else phase.rate or phase.share * self._saturation
             if not phase.callers:
                 await self._open(number, phase, rate)
@@ -145,7 +151,8 @@ class Generator:
         async def caller() -> None:
             while (now := time.monotonic()) < until and not self._stopped.is_set():
                 visit, probe = self._next()
-                await self._ask(number, visit, probe, now)
+                if await self._ask(number, visit, probe, now) == REJECTED:
+                    await asyncio.sleep(REFUSED_PAUSE_S)
 
         await asyncio.gather(*(caller() for _ in range(phase.callers)))
 
@@ -162,7 +169,8 @@ class Generator:
             return self._probes[probe], probe
         return self._population.visit(), -1
 
-    async def _ask(self, number: int, visit: Visit, probe: int, scheduled: float) -> None:
+    async def _ask(self, number: int, visit: Visit, probe: int, scheduled: float) -> int:
+        """Send one request, record it, and return how it ended."""
         sent = time.monotonic()
         scores = np.full(PROBE_SCORES, np.nan, np.float32)
         cached, outcome = 0, OK
@@ -182,6 +190,7 @@ class Generator:
         self._records.append(
             (number, kind, outcome, scheduled, sent, done, size, cached, visit.cacheable, probe, scores)
         )
+        return outcome
 
 
 def probe(visit: Visit) -> dict[str, Any]:
