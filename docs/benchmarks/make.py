@@ -277,7 +277,7 @@ def serving_plot(rows: list[Row]) -> bytes:
         else:
             axis.set_ylim(0, 105 if title.startswith("cache") else None)
         axis.grid(visible=True, alpha=0.3)
-        axis.legend()
+        axis.legend(fontsize="x-small", framealpha=0.5)
     stream = io.BytesIO()
     figure.savefig(stream, format="png")
     return stream.getvalue()
