@@ -5,9 +5,6 @@ import os
 from pathlib import Path
 from types import ModuleType
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -34,54 +31,14 @@ def load_script():
 @pytest.fixture(scope="session")
 def random_bundle():
     """Return a function that writes an untrained bundle: (folder, kind, *, num_items, item_ids, ...) -> folder."""
-    from safetensors.torch import save_file
 
-    from gr_platform import storage
-    from gr_platform.bundle import export
-    from gr_platform.events.declaration import Declaration
-    from gr_platform.models.build import build_model
     from gr_platform.models.recipes import tiny
-    from gr_platform.sequences.vocabulary import NUM_OOV
+    from serving.bench import models
 
-    def write(folder, kind, *, num_items=200, item_ids=None, seed=0, metrics=None, config=None, scale=5.0, **declared):
-        folder.mkdir(parents=True, exist_ok=True)
-        declaration = Declaration(
-            **{
-                "name": "random",
-                "actions": ("view", "like", "purchase"),
-                "tasks": {"like": ("like",), "purchase": ("purchase",)},
-                "positives": ("view", "like", "purchase"),
-                "item_id_type": "int64" if item_ids is None else "string",
-                **declared,
-            }
-        )
-        ids = pa.array(np.arange(num_items) + 1000 if item_ids is None else item_ids)
-        counts = pa.array(np.ones(num_items, np.int64))
-        columns = {"item_id": ids, "count": counts, "first_ts": counts, "last_ts": counts}
-        source = folder.parent / f".{folder.name}-source"
-        source.mkdir(exist_ok=True)
-        pq.write_table(
-            pa.table(columns | {"active": pa.array(np.ones(num_items, bool))}), source / "vocabulary.parquet"
-        )
-        torch.manual_seed(seed)
-        num_rows = 1 + NUM_OOV + num_items
-        model = build_model(config or tiny(kind).model, num_rows=num_rows, num_actions=3, tasks=list(declaration.tasks))
-        with torch.no_grad():
-            # As large as trained weights, so that every term shows in the scores.
-            for parameter in model.parameters():
-                parameter.mul_(scale)
-        save_file(model.state_dict(), source / "model.safetensors")
-        facts = export.write_bundle(
-            folder,
-            model=model,
-            weights=source / "model.safetensors",
-            vocabulary=source / "vocabulary.parquet",
-            num_rows=num_rows,
-            declaration=declaration.to_json(),
-            recipe="tiny",
-            metrics=metrics or {},
-        )
-        storage.write_manifest(folder, kind=kind, spec={"seed": seed}, facts=facts)
+    def write(folder, kind, *, num_items=200, seed=0, config=None, scale=5.0, **rest):
+        # As large as trained weights, so that every term shows in the scores.
+        shape = config or tiny(kind).model
+        models.write_bundle(folder, shape, num_items=num_items, seed=seed, gain=scale, **({"name": "random"} | rest))
         return folder
 
     return write

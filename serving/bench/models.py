@@ -4,8 +4,10 @@ Invariant: a folder depends on its arguments alone, and two seeds of one shape a
 one can be swapped for the other.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -49,21 +51,34 @@ def write_pair(parent: Path, config: ModelConfig, *, num_items: int, seed: int) 
     return pair
 
 
-def write_bundle(folder: Path, config: ModelConfig, *, num_items: int, seed: int) -> None:
-    """Write a bundle of `config`'s shape with weights drawn from `seed`."""
-    folder.mkdir(parents=True)
+def write_bundle(
+    folder: Path,
+    config: ModelConfig,
+    *,
+    num_items: int,
+    seed: int,
+    gain: float = _GAIN,
+    item_ids: Sequence[str] | None = None,
+    metrics: dict[str, Any] | None = None,
+    **declared: Any,
+) -> None:
+    """Write a bundle of `config`'s shape with weights drawn from `seed` and made `gain` times as large.
+
+    item_ids: text ids in place of numbers from FIRST_ID; declared: fields of the Declaration.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
     source = folder.with_name(f".{folder.name}-source")
-    source.mkdir()
-    declaration = Declaration(
-        name="benchmark", actions=ACTIONS, tasks={name: (name,) for name in ACTIONS[1:]}, positives=ACTIONS
-    )
-    _write_vocabulary(source / "vocabulary.parquet", num_items)
+    source.mkdir(exist_ok=True)
+    fields = {"name": "benchmark", "actions": ACTIONS, "tasks": {name: (name,) for name in ACTIONS[1:]}}
+    id_type = "int64" if item_ids is None else "string"
+    declaration = Declaration(**{**fields, "positives": ACTIONS, "item_id_type": id_type, **declared})
+    _write_vocabulary(source / "vocabulary.parquet", item_ids or FIRST_ID + np.arange(num_items))
     torch.manual_seed(seed)
     num_rows = 1 + NUM_OOV + num_items
     model = build_model(config, num_rows=num_rows, num_actions=len(ACTIONS), tasks=list(declaration.tasks))
     with torch.no_grad():
         for parameter in model.parameters():
-            parameter.mul_(_GAIN)
+            parameter.mul_(gain)
     save_file(model.state_dict(), source / "model.safetensors")
     facts = export.write_bundle(
         folder,
@@ -73,18 +88,18 @@ def write_bundle(folder: Path, config: ModelConfig, *, num_items: int, seed: int
         num_rows=num_rows,
         declaration=declaration.to_json(),
         recipe="benchmark",
-        metrics={},
+        metrics=metrics or {},
     )
     storage.write_manifest(folder, kind=config.kind, spec={"seed": seed}, facts=facts)
 
 
-def _write_vocabulary(path: Path, num_items: int) -> None:
-    ones = pa.array(np.ones(num_items, np.int64))
+def _write_vocabulary(path: Path, item_ids: Sequence[str] | np.ndarray) -> None:
+    ones = pa.array(np.ones(len(item_ids), np.int64))
     columns = {
-        "item_id": pa.array(FIRST_ID + np.arange(num_items)),
+        "item_id": pa.array(item_ids),
         "count": ones,
         "first_ts": ones,
         "last_ts": ones,
-        "active": pa.array(np.ones(num_items, bool)),
+        "active": pa.array(np.ones(len(item_ids), bool)),
     }
     pq.write_table(pa.table(columns), path)
