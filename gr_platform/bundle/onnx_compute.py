@@ -7,7 +7,7 @@ Legend: B users of a call, C the most candidates and P the most past tokens of o
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,11 +15,8 @@ import numpy as np
 import onnxruntime as ort
 
 from gr_platform.bundle.compute import PAGE_TOKENS, Ask, Piece, pages_for
+from gr_platform.bundle.groups import groups
 from gr_platform.models.config import ModelConfig
-
-# A call of the graph costs about as much as so many pairs of a candidate and a past token: it is worth some padding.
-CALL_PAIRS = 4096
-
 
 # The graphs' name of the item vectors, by far their largest weights.
 _ITEMS = "model.embedding.items.weight"
@@ -33,43 +30,6 @@ class Shared:
     v: np.ndarray
     times: np.ndarray
     items: np.ndarray
-
-
-@dataclass(slots=True)
-class _Group:
-    """Asks scored in one call, by their place in the step."""
-
-    places: list[int]
-    num_candidates: int
-    num_past: int
-    num_pairs: int
-
-    def with_ask(self, place: int, ask: Ask) -> "_Group":
-        """Return the group with one more ask."""
-        return _Group(
-            [*self.places, place],
-            max(self.num_candidates, len(ask.candidates)),
-            max(self.num_past, ask.past),
-            self.num_pairs + len(ask.candidates) * ask.past,
-        )
-
-    def is_worth_it(self) -> bool:
-        """Return whether padding costs less than a call of each ask's own."""
-        padded = len(self.places) * self.num_candidates * self.num_past
-        return padded - self.num_pairs <= CALL_PAIRS * (len(self.places) - 1)
-
-
-def _groups(asks: Sequence[Ask]) -> Iterator[_Group]:
-    """Yield the asks in groups of similar sizes."""
-    group = _Group([], 0, 0, 0)
-    for place in sorted(range(len(asks)), key=lambda place: (len(asks[place].candidates), asks[place].past)):
-        larger = group.with_ask(place, asks[place])
-        if not larger.is_worth_it():
-            yield group
-            larger = _Group([], 0, 0, 0).with_ask(place, asks[place])
-        group = larger
-    if group.num_candidates:
-        yield group
 
 
 class _Room:
@@ -148,7 +108,7 @@ class OnnxCompute:
         if self._score is None:
             raise RuntimeError("score() needs a ranking bundle; a retrieval bundle has no score.onnx")
         found = [np.zeros((0, self.num_tasks), np.float32)] * len(asks)
-        for group in _groups(asks):
+        for group in groups(asks, self.config):
             own = [asks[place] for place in group.places]
             scores = self._score.run(None, self._asked(own, group.num_candidates))[0]
             for place, ask, each in zip(group.places, own, scores, strict=True):

@@ -12,8 +12,11 @@ def run(num_threads: int) -> list[dict[str, Any]]:
 
     Raises UserError if a server or a tool does not do its part.
     """
+    from gr_platform import settings
     from serving.bench import speed, wire
 
+    # A folder without the tool is said before minutes have gone by.
+    settings.perf_analyzer()
     return [*speed.run(num_threads), *wire.rows(num_threads), *traffic(num_threads)]
 
 

@@ -37,7 +37,7 @@ def rows(stage: Stage, saturation: float, *, seconds: float = 10.0) -> list[Row]
     visits = _visits(stage)
     try:
         theirs = _perf_analyzer(stage, binary, visits, rate, round(rate * seconds))
-    except UserError as error:
+    except (UserError, OSError, subprocess.SubprocessError) as error:
         # The other rows took minutes.
         return [_row("perf_analyzer", None, "", f"not run: {error}")]
     ours = _generator(stage, visits, rate, seconds)

@@ -8,7 +8,8 @@ from hypothesis import strategies as st
 
 from gr_platform.bundle.compute import Ask, pages_for
 from gr_platform.bundle.export import write_graphs
-from gr_platform.bundle.onnx_compute import CALL_PAIRS, OnnxCompute, _groups
+from gr_platform.bundle.groups import CALL_PAIRS, GROUP_BYTES, groups
+from gr_platform.bundle.onnx_compute import OnnxCompute
 from gr_platform.models.build import build_model
 from gr_platform.models.compute import TorchCompute
 from gr_platform.models.config import ModelConfig
@@ -62,20 +63,26 @@ def test_users_scored_together_get_what_each_gets_alone(computes, sizes):
         np.testing.assert_allclose(graph_together, together, rtol=1e-4, atol=0)
 
 
-@given(sizes=st.lists(st.tuples(st.integers(0, 300), st.integers(1, 600)), max_size=12))
-def test_every_list_is_in_one_group_and_padding_is_worth_the_calls_it_saves(sizes):
+@given(sizes=st.lists(st.tuples(st.integers(0, 600), st.integers(1, 4096)), max_size=12))
+def test_every_list_is_in_one_group_that_is_worth_its_padding_and_stays_in_the_caches(sizes):
+    config = ModelConfig(kind="ranking", encoder="hstu", **SHAPE)
     asks = [
         Ask(candidates=np.zeros(c, np.int64), request_time=0, past=past, pages=np.zeros(0, np.int32))
         for c, past in sizes
     ]
-    groups = list(_groups(asks))
-    seen = [place for group in groups for place in group.places]
-    assert len(seen) == len(set(seen))
-    assert {place for place, (c, _) in enumerate(sizes) if c} <= set(seen)
-    for group in groups:
-        own = [sizes[place] for place in group.places]
-        padded = len(own) * max(c for c, _ in own) * max(past for _, past in own)
-        assert padded - sum(c * past for c, past in own) <= CALL_PAIRS * (len(own) - 1)
+    found = list(groups(asks, config))
+    assert sorted(place for group in found for place in group.places) == [i for i, (c, _) in enumerate(sizes) if c]
+    for own in ([sizes[place] for place in group.places] for group in found if len(group.places) > 1):
+        most, longest = max(c for c, _ in own), max(past for _, past in own)
+        assert len(own) * most * longest - sum(c * past for c, past in own) <= CALL_PAIRS * (len(own) - 1)
+        assert len(own) * longest * (4 * 2 * 2 * (5 + 4) + 4 * 2 * most) <= GROUP_BYTES
+
+
+def test_one_long_history_does_not_pad_many_short_ones():
+    config = ModelConfig(kind="ranking", encoder="hstu", **SHAPE)
+    one = np.zeros(1, np.int64)
+    asks = [Ask(candidates=one, request_time=0, past=past, pages=np.zeros(0, np.int32)) for past in [2] * 31 + [4096]]
+    assert [len(group.places) for group in groups(asks, config)] == [31, 1]
 
 
 def test_equal_lists_are_one_call(computes, monkeypatch):
