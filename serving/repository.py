@@ -18,6 +18,7 @@ from gr_platform import storage
 from gr_platform.bundle.load import Bundle, load
 from gr_platform.errors import UserError
 from serving.options import ServingOptions
+from serving.options import read as read_options
 
 LINK = "model_repository"
 MODELS = ("gr_retriever", "gr_ranker", "gr_recommender", "gr_events", "gr_user_recommender")
@@ -41,10 +42,10 @@ def publish(
 ) -> Published:
     """Build the model repository of two bundle folders, unless it exists, and point `model_repository` at it.
 
-    shadow: the bundle folder of a challenging ranking model. Raises UserError if a bundle is damaged, of the wrong
-    kind, or they are of different data sets.
+    options: by default those of `serving.toml`. shadow: the bundle folder of a challenging ranking model. Raises
+    UserError if a bundle is damaged, of the wrong kind, or they are of different data sets.
     """
-    options = options or ServingOptions()
+    options = options or read_options(home)
     bundles = load_pair(retrieval, ranking)
     challenger = load_challenger(shadow, bundles[1]) if shadow else None
     spec = {

@@ -63,6 +63,14 @@ def test_publishing_twice_changes_nothing_and_another_option_is_another_reposito
     assert sorted(p for p in fourth.folder.parent.iterdir()) == sorted([third.folder, fourth.folder])
 
 
+def test_options_are_those_of_the_state_folder_unless_others_are_given(tmp_path, pair):
+    (tmp_path / "serving.toml").write_text("max_queue = 7\n")
+    folder = repository.publish(tmp_path, pair["retrieval"], pair["ranking"]).folder
+    assert 'key: "max_queue" value: { string_value: "7" }' in (folder / "gr_ranker/config.pbtxt").read_text()
+    given = repository.publish(tmp_path, pair["retrieval"], pair["ranking"], ServingOptions(max_queue=9)).folder
+    assert 'key: "max_queue" value: { string_value: "9" }' in (given / "gr_ranker/config.pbtxt").read_text()
+
+
 def test_bundles_that_do_not_go_together_are_refused_and_the_last_pair_stays(tmp_path, pair, rewritten):
     good = publish(tmp_path, pair["retrieval"], pair["ranking"])
     with pytest.raises(UserError, match="is a ranking bundle, expected a retrieval bundle"):
