@@ -24,7 +24,7 @@ import pytest
 from gr_platform import settings, storage
 from gr_platform.errors import UserError, sentence_for
 from gr_platform.processes import is_alive
-from serving import health, repository, swap, verification
+from serving import client_tensors, health, repository, swap, verification
 from serving.client import Client, History, ServingError
 from serving.handle import ServerHandle, attach, record_path, sweep
 from serving.repository import ServingOptions
@@ -150,18 +150,20 @@ def test_who_waits_for_a_model_that_dies_does_not_wait_for_ever(served: Served) 
     def processes(model: str) -> set[psutil.Process]:
         return {stub for stub in served.handle.stubs(model) if stub.status() != psutil.STATUS_ZOMBIE}
 
+    ended: list[object] = []
+    call = client_tensors.ranked_list("gr_recommender", HISTORY, NUM_ITEMS, after(HISTORY), (), id_type="int64")
+    arguments = call.arguments(client_tensors.CallOptions(), 300.0)
     callers = processes("gr_recommender") | processes("gr_user_recommender")
-    with watched(served), Client(served.handle.grpc_address, deadline_s=2.0) as client:
+    with watched(served), served.handle.connect() as client:
         wait_for(lambda: health.read(served.home))
+        for _ in range(128):
+            client.async_infer(callback=lambda result, error: ended.append((result, error)), **arguments)
+        # In the middle of its requests, so that some are lost.
+        wait_for(lambda: len(ended) >= 8)
         (stub,) = processes("gr_ranker")
-        stub.suspend()
-        with ThreadPoolExecutor(1) as thread:
-            asked = thread.submit(client.recommend, HISTORY, k=3, request_time=after(HISTORY))
-            time.sleep(0.5)
-            stub.kill()
-            with pytest.raises(ServingError, match="gr_recommender"):
-                asked.result()
-        wait_for(lambda: not any(map(is_alive, callers)), 30.0)
+        stub.kill()
+        assert len(ended) < 100
+        wait_for(lambda: not any(map(is_alive, callers)), 40.0)
         wait_for(lambda: health.read(served.home).state == "serving", 20.0)
         assert acts(served.home) == (1, 0)
     served.assert_right()

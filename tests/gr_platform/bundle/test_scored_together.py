@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from gr_platform.bundle.compute import Ask, pages_for
@@ -49,6 +49,7 @@ def ask_of(compute, length, num_candidates, seed, pages):
 
 
 @settings(deadline=None, max_examples=10)
+@example(sizes=[(0, 1), (MAX_EVENTS, 1)])
 @given(sizes=st.lists(st.tuples(st.integers(0, MAX_EVENTS), st.integers(0, 9)), min_size=1, max_size=8))
 def test_users_scored_together_get_what_each_gets_alone(computes, sizes):
     found = []
