@@ -126,7 +126,7 @@ def _acts(seen: "Health") -> str:
     """Return what the supervisor had to do, as the end of a sentence."""
     if not seen.acted_at:
         return ""
-    counts = f"{seen.num_reloads} models loaded again, {seen.num_restarts} restarts"
+    counts = f"models loaded again: {seen.num_reloads}, restarts: {seen.num_restarts}"
     return f"; {counts}, last {_ago(time.time() - seen.acted_at)} ago: {seen.reason}"
 
 

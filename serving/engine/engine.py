@@ -114,10 +114,11 @@ class Engine:
         The most urgent (priority 0) wait for each other alone, so the time that all take does not count for them.
         """
         num_jobs = self.num_jobs
-        expected_s = num_jobs * self._pace.seconds_a_job if terms.priority else 0.0
-        if num_jobs >= self.limits.max_queue or (num_jobs >= MIN_QUEUE and expected_s > self.limits.max_wait_s):
+        work_s = num_jobs * self._pace.seconds_a_job
+        is_late = terms.priority > 0 and num_jobs >= MIN_QUEUE and work_s > self.limits.max_wait_s
+        if is_late or num_jobs >= self.limits.max_queue:
             raise self._refusal(
-                f"{num_jobs} requests wait for this model already, {expected_s:.1f} s of work; try again later"
+                f"{num_jobs} requests wait for this model already, {work_s:.1f} s of work; try again later"
             )
 
     def _refusal(self, reason: str) -> QueueFullError:

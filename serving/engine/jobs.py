@@ -106,7 +106,7 @@ class Job:
         if self.terms.deadline is None or now <= self.terms.deadline:
             return None
         waited = 1e3 * (now - self.arrived)
-        return LateError(f"the request's deadline passed after {waited:.0f} ms in the engine; nothing was computed on")
+        return LateError(f"the request's deadline passed after {waited:.0f} ms in the engine")
 
     def may_be_gone(self, now: float) -> bool:
         """Return whether it is time to ask if the caller has gone."""

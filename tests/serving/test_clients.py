@@ -158,7 +158,7 @@ def test_a_call_ends_by_its_deadline_retries_included(endpoint, ask):
 
 def test_a_deadline_that_passed_in_the_server_is_the_callers_deadline(endpoint, ask):
     servicer, address = endpoint
-    passed = "the request's deadline passed after 12 ms in the engine; nothing was computed on"
+    passed = "the request's deadline passed after 12 ms in the engine"
     servicer.failures = [(grpc.StatusCode.CANCELLED, passed)]
     with pytest.raises(ServingError, match="did not answer gr_retriever within 2 s") as failed:
         ask(address, "retrieve", ONE, k=1, request_time=9, client={"deadline_s": 2})

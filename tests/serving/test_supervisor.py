@@ -207,7 +207,7 @@ def test_status_shows_what_the_supervisor_sees_and_did(tmp_path: Path) -> None:
     assert health.read(tmp_path) == seen
     lines = "\n".join(status._health(tmp_path, is_running=True))
     assert re.search(
-        r"degraded, looked at \d seconds ago; 1 models loaded again, 0 restarts, .*stub_died gr_ret", lines
+        r"degraded, looked at \d seconds ago; models loaded again: 1, restarts: 0, .*stub_died gr_ret", lines
     )
     assert "gr_ranker  answers in 2.5 ms" in lines
     assert "gr_retriever  dead, answered 4 minutes ago" in lines

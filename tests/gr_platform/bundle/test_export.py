@@ -38,6 +38,8 @@ def test_parity_sees_a_wrong_model(bundle_folder):
     bundle = load(bundle_folder)
 
     class Shifted:
+        num_pages = NUM_PAGES
+
         def __init__(self, inner):
             self.inner = inner
 
@@ -63,6 +65,15 @@ def test_every_path_says_what_the_offline_model_said(bundle_folder, path):
             compute.graph_to = dict.fromkeys(compute.graph_to, graph_to)
             compute.graph_from = dict.fromkeys(compute.graph_from, graph_from)
             assert parity(bundle, compute).ok
+
+
+def test_parity_sees_a_model_that_is_wrong_for_several_users_alone(tmp_path, random_bundle):
+    bundle = load(random_bundle(tmp_path / "ranking", "ranking", num_items=NUM_ITEMS))
+    compute = bundle.compute(8 * NUM_PAGES, path="torch")
+    exact = compute.score
+    assert parity(bundle, compute).ok
+    compute.score = lambda asks: [scores + 1e-3 * (len(asks) > 1) for scores in exact(asks)]
+    assert not parity(bundle, compute).ok
 
 
 def test_each_path_that_may_score_is_held_against_the_golden_requests(tmp_path, random_bundle):
