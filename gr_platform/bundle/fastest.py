@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 # What both paths are timed on: numbers of candidates or new tokens, of one user and of so many, after so many tokens.
 TUNED_SIZES = (1, 4, 16, 64, 256)
-TUNED_USERS = 8
+TUNED_USERS = 4
 TUNED_PAST = 256
 Work = TypeVar("Work", Piece, Ask)
 
@@ -135,7 +135,7 @@ def _seconds(compute: Callable[[Any], object], work: Sequence[Piece] | Sequence[
     """Return the least time of a few calls, after one that pays for what is made once."""
     compute(work)
     times = []
-    for _ in range(3):
+    for _ in range(2):
         began = time.perf_counter()
         compute(work)
         times.append(time.perf_counter() - began)
