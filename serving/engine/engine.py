@@ -16,6 +16,7 @@ from gr_platform.bundle.compute import Piece, pages_for
 from gr_platform.models.tokens import Tokens
 from serving.engine.jobs import EngineError, Job, QueueFullError, Terms
 from serving.engine.model import Model
+from serving.engine.pace import Pace
 from serving.engine.recent import RecentHistories
 from serving.engine.scheduler import share
 
@@ -25,7 +26,6 @@ Outcome = Any
 MAX_ASKED = 4
 # So many requests are taken whatever is expected: an estimate may be wrong, and a step takes several.
 MIN_QUEUE = 4
-PACE_WEIGHT, PACE_MOST = 0.1, 4.0
 # Who waits longer than this for pages comes before every priority.
 PATIENCE_S = 1.0
 
@@ -40,22 +40,6 @@ class Limits:
     max_wait_s: float = 0.5
     max_users: int = 32
     step_tokens: int = 1024
-
-
-@dataclass(slots=True)
-class Pace:
-    """How long the engine has lately worked for a request: a running mean that one hiccup hardly moves."""
-
-    seconds_a_job: float = 0.0
-    _unshared: float = 0.0
-
-    def add(self, seconds: float, num_ended: int) -> None:
-        """Take in a step's time and how many requests ended with it; if none did, the next ones bear it."""
-        self._unshared += seconds
-        if num_ended:
-            each, self._unshared = self._unshared / num_ended, 0.0
-            usual = self.seconds_a_job or each
-            self.seconds_a_job = usual + PACE_WEIGHT * (min(each, PACE_MOST * usual) - usual)
 
 
 @dataclass(slots=True, kw_only=True)
