@@ -83,7 +83,8 @@ def test_new_models_replace_the_old_under_load_and_a_broken_one_does_not(server,
         with Client(server.grpc_address) as swapped:
             assert swapped.metadata().item_id_type == "string"
             answer = swapped.score(as_text(history), ["item-1000", "item-1001"], request_time=request_time)
-            assert answer.cached_tokens == 0
+            # None, or all of them: whether the old model wrote down in time what the new one encodes ahead.
+            assert answer.cached_tokens in (0, 1 + 2 * 30)
             np.testing.assert_allclose(answer.scores, expected, rtol=1e-5)
             for bad in (1, "\ud800"):
                 with pytest.raises(ServingError, match="item ids must be text"):
