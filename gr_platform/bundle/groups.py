@@ -13,8 +13,8 @@ from gr_platform.models.config import ModelConfig
 
 # A call costs about as much as so many pairs of a candidate and a past token: it is worth some padding.
 CALL_PAIRS = 4096
-# K/V and weights of attention of a group. What is more falls out of the caches: at 8 MB a user each a group of 8 takes
-# 1.2 times as long as 8 calls, at .5 MB half as long (AMD EPYC, one thread).
+# K/V and weights of attention of a group. What is more falls out of the caches: at 8 MB a user a group of 8 takes 1.1
+# to 1.6 times as long as 8 calls, at .5 MB half to two thirds (4 and 16 candidates, AMD EPYC, one thread).
 GROUP_BYTES = 6 << 20
 
 
