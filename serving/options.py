@@ -3,13 +3,12 @@
 Invariant: an option decides speed, memory and what is kept, never what a score is (`cache_dtype` but for its rounding).
 """
 
-import tomllib
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, get_args
+from typing import get_args
 
+from gr_platform import option_files
 from gr_platform.bundle.compute import CacheType, ComputePath
-from gr_platform.errors import UserError
 
 FILE = "serving.toml"
 _CHOICES = {"compute": get_args(ComputePath), "cache_dtype": get_args(CacheType)}
@@ -59,21 +58,4 @@ class ServingOptions:
 
 def read(home: Path) -> ServingOptions:
     """Return the options in `serving.toml` of a state folder, or the defaults. Raises UserError naming the option."""
-    path = home / FILE
-    if not path.exists():
-        return ServingOptions()
-    try:
-        given: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"$GR_HOME/{FILE} is no valid TOML ({error}); mend it, or delete it for the defaults") from None
-    types = {field.name: type(field.default) for field in fields(ServingOptions)}
-    for name, value in given.items():
-        if name not in types:
-            raise UserError(f"$GR_HOME/{FILE} sets {name}, which is no option; there are {', '.join(types)}")
-        fits = type(value) is types[name] or (types[name] is float and type(value) is int)
-        if not fits:
-            raise UserError(f"$GR_HOME/{FILE} sets {name} to {value!r}, it must be of type {types[name].__name__}")
-    try:
-        return ServingOptions(**given)
-    except ValueError as error:
-        raise UserError(f"$GR_HOME/{FILE}: {error}") from None
+    return option_files.read(home / FILE, ServingOptions)

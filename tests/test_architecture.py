@@ -13,8 +13,9 @@ from gr_platform import settings
 
 ROOT = settings.PROJECT_ROOT
 PACKAGES = ("gr_platform", "assets", "kernels", "serving")
-# What puts the layers together: these and gr_platform/commands; the packages below them are the library.
+# What puts the layers together; the packages below them are the library.
 COMPOSITION = {"cli", "definitions", "deploy"}
+COMPOSED = {"commands", "lifecycle", "replay"}
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
@@ -44,7 +45,7 @@ def _library() -> list[Path]:
     return [
         p
         for p in (ROOT / "gr_platform").rglob("*.py")
-        if p.parent.name != "commands" and not (p.parent.name == "gr_platform" and p.stem in COMPOSITION)
+        if p.parent.name not in COMPOSED and not (p.parent.name == "gr_platform" and p.stem in COMPOSITION)
     ]
 
 
