@@ -67,7 +67,7 @@ def test_mlflow_is_named_by_the_registry_alone() -> None:
 def test_serving_imports_bundles_models_and_kernels_only() -> None:
     forbidden = {"assets", "dagster", "mlflow", "polars", "duckdb"}
     ours = ("gr_platform.bundle", "gr_platform.models", "gr_platform.sequences", "gr_platform.events.declaration")
-    small = ("settings", "errors", "storage", "processes", "serving_state")
+    small = ("settings", "errors", "storage", "processes", "serving_state", "option_files")
     for path in (ROOT / "serving").rglob("*.py"):
         assert not _roots(path) & forbidden, path.name
         if path.name == "bench.py":
