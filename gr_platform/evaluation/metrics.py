@@ -160,3 +160,15 @@ def _why_undefined(metrics: dict[str, Any]) -> str:
     if metrics["auc"] is None:
         return f"all {metrics['num_targets']} labels are {'positive' if metrics['base_rate'] else 'negative'}"
     return "gauc: no user has targets of both labels" if metrics["gauc"] is None else ""
+
+
+def recommended_facts(in_lists: np.ndarray) -> dict[str, Any]:
+    """Return what of the catalogue is recommended, of how many lists each item stands in, int64 [R].
+
+    num_items: items that stand in any; top_share: share of the places that the most frequent item takes (0 of no list).
+    """
+    total = int(in_lists.sum())
+    return {
+        "num_items": int(np.count_nonzero(in_lists)),
+        "top_share": float(in_lists.max(initial=0) / total) if total else 0.0,
+    }

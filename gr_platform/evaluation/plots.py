@@ -14,13 +14,25 @@ from gr_platform.evaluation.slices import SLICES
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+# So many standard errors around a mean hold it 95 times of 100.
+NORMAL_95 = 1.96
+_NAMES = {
+    "mrr": "MRR",
+    "ne": "NE",
+    "log_loss": "log loss",
+    "auc": "AUC",
+    "gauc": "GAUC",
+    "ece": "ECE",
+    "calibration": "calibration",
+}
+
 
 def learning_curve(curves: Sequence[Mapping[str, Any]]) -> bytes:
     """Return the training loss and each validation figure by epoch, one panel each, as PNG bytes.
 
     curves: entries {"phase", "epoch", "loss", figure...} as training writes them; None is left out. A phase is a line.
     """
-    counted = ("phase", "epoch", "tokens", "num_targets")
+    counted = ("phase", "epoch", "tokens", "num_targets", "train_flops", "seconds")
     names = [name for name in (curves[0] if curves else {}) if name not in counted]
     phases = list(dict.fromkeys(entry.get("phase", "") for entry in curves))
 
@@ -30,7 +42,8 @@ def learning_curve(curves: Sequence[Mapping[str, Any]]) -> bytes:
                 entries = [entry for entry in curves if entry.get("phase", "") == phase]
                 values = [np.nan if entry.get(name) is None else entry[name] for entry in entries]
                 axis.plot([entry["epoch"] for entry in entries], values, marker="o", markersize=3, label=phase)
-            axis.set(title=name, xlabel="epoch")
+            axis.set(title="training loss" if name == "loss" else f"validation {label_of(name)}", xlabel="epoch")
+            axis.locator_params(axis="x", integer=True)
         if len(phases) > 1:
             axes[0].legend(fontsize=6)
 
@@ -46,43 +59,93 @@ def metric_bars(models: Mapping[str, Mapping[str, Any]], names: Sequence[str]) -
             heights = [metrics.get(name) or 0.0 for name in names]
             bars = axes[0].bar(np.arange(len(names)) + index * width, heights, width, label=label)
             axes[0].bar_label(bars, fmt="%.3f", fontsize=6)
-        axes[0].set_xticks(np.arange(len(names)) + width * (len(models) - 1) / 2, list(names))
-        axes[0].legend()
+        axes[0].set_xticks(np.arange(len(names)) + width * (len(models) - 1) / 2, [label_of(name) for name in names])
+        # Room above the tallest bar for its number and the legend.
+        axes[0].margins(y=0.25)
+        axes[0].legend(fontsize=7, ncols=max(1, len(models)), loc="upper center")
 
     return _png(draw, panels=1, panel_width=6.4)
 
 
 def slices(rows: Sequence[Mapping[str, Any]], figure: str = "hr_at_10") -> bytes:
-    """Return a figure by bin with its standard error, one panel a slice, as PNG bytes.
+    """Return a figure by bin with its 95 % interval, one panel a slice, as PNG bytes.
 
     rows: those of `slices.slice_table`.
     """
-    names = list(dict.fromkeys(row["slice"] for row in rows))
+
+    def draw_bins(axis: "Axes", bins: Sequence[Mapping[str, Any]]) -> None:
+        errors = [NORMAL_95 * (row[f"{figure}_error"] or 0.0) for row in bins]
+        # No figure is below 0, and no interval is drawn there.
+        below = [min(error, row[figure]) for error, row in zip(errors, bins, strict=True)]
+        values = [row[figure] for row in bins]
+        axis.errorbar(range(len(bins)), values, [below, errors], marker="o", markersize=3, capsize=3)
+        axis.set(ylim=(0, None))
+
+    return _by_slice(rows, label_of(figure), draw_bins)
+
+
+def slice_differences(rows: Sequence[Mapping[str, Any]], figure: str = "HR@10") -> bytes:
+    """Return how much better or worse a challenger is by bin, with 95 % intervals, one panel a slice, as PNG bytes.
+
+    rows: entries {"slice", "bin", "lower", "upper", "difference", "low", "high"}, challenger minus champion.
+    """
+
+    def draw_bins(axis: "Axes", bins: Sequence[Mapping[str, Any]]) -> None:
+        _whiskers(axis, range(len(bins)), bins, upright=True)
+        axis.axhline(0, color="grey", linewidth=0.8)
+
+    return _by_slice(rows, f"gain in {figure}", draw_bins)
+
+
+def differences(rows: Sequence[Mapping[str, Any]], title: str) -> bytes:
+    """Return the relative difference of each figure with its 95 % interval, a line each, as PNG bytes.
+
+    rows: the fields of `significance.Difference` (a: champion, b: challenger). One whose a is 0 is left out.
+    """
+    shown = [row for row in rows if row["a"]]
+    scaled = [{name: 100 * row[name] / abs(row["a"]) for name in ("difference", "low", "high")} for row in shown]
 
     def draw(axes: list["Axes"]) -> None:
-        for axis, name in zip(axes, names, strict=True):
-            bins = [row for row in rows if row["slice"] == name]
-            labels = [f"{_short(row['lower'])}\nto {_short(row['upper'])}" for row in bins]
-            errors = [row[f"{figure}_error"] or 0.0 for row in bins]
-            axis.errorbar(range(len(bins)), [row[figure] for row in bins], errors, marker="o", markersize=3, capsize=3)
-            axis.set_xticks(range(len(bins)), labels, fontsize=6)
-            axis.set(title=f"{figure} by {name.replace('_', ' ')}", xlabel=SLICES[name], ylim=(0, None))
+        places = range(len(shown) - 1, -1, -1)
+        _whiskers(axes[0], places, scaled, upright=False)
+        axes[0].axvline(0, color="grey", linewidth=0.8)
+        labels = [f"{label_of(row['figure'])}{' (less is better)' if is_loss(row['figure']) else ''}" for row in shown]
+        axes[0].set_yticks(places, labels, fontsize=7)
+        axes[0].set(title=title, xlabel="difference to the champion, % (95 % interval)")
+        axes[0].margins(y=0.15)
 
-    return _png(draw, panels=len(names))
+    return _png(draw, panels=1, panel_width=6.4)
 
 
 def calibration(tasks: Mapping[str, Sequence[Mapping[str, Any]]]) -> bytes:
-    """Return each task's reliability curve beside the diagonal as PNG bytes; task -> `metrics.calibration_bins`."""
+    """Return each task's reliability curve beside the diagonal as PNG bytes; task -> `metrics.calibration_bins`.
+
+    Bins that say how many targets they hold get their 95 % interval (Wilson's).
+    """
+    ends = [each[name] for bins in tasks.values() for each in bins for name in ("predicted", "observed")]
 
     def draw(axes: list["Axes"]) -> None:
-        axes[0].plot([0, 1], [0, 1], color="grey", linewidth=0.8)
+        end = min(1.0, 1.3 * max(ends, default=1.0))
+        axes[0].plot([0, end], [0, end], color="grey", linewidth=0.8)
         for task, bins in tasks.items():
             predicted, observed = ([each[name] for each in bins] for name in ("predicted", "observed"))
-            axes[0].plot(predicted, observed, marker="o", markersize=3, label=task)
-        axes[0].set(title="calibration", xlabel="predicted", ylabel="observed")
-        axes[0].legend()
+            intervals = [_wilson(each["observed"], each.get("num_targets", 0)) for each in bins]
+            errors = [[o - low, high - o] for o, (low, high) in zip(observed, intervals, strict=True)]
+            axes[0].errorbar(
+                predicted,
+                observed,
+                np.array(errors).T if errors else None,
+                marker="o",
+                markersize=3,
+                elinewidth=0.6,
+                capsize=2,
+                label=task,
+            )
+        axes[0].set(title="calibration by bins of equal size", xlim=(0, end), ylim=(0, None))
+        axes[0].set(xlabel="predicted probability", ylabel="observed share")
+        axes[0].legend(fontsize=7)
 
-    return _png(draw, panels=1)
+    return _png(draw, panels=1, panel_width=4.8)
 
 
 def served(days: Sequence[Mapping[str, Any]], positions: Sequence[int]) -> bytes:
@@ -105,6 +168,71 @@ def served(days: Sequence[Mapping[str, Any]], positions: Sequence[int]) -> bytes
         axes[2].set(title="hits by place in the list")
 
     return _png(draw, panels=3)
+
+
+def label_of(figure: str) -> str:
+    """Return what a figure is called before people: `HR@10` of hr_at_10, `NE of like` of like_ne or ne_like."""
+    name, _, cut = figure.partition("_at_")
+    if cut:
+        return f"{name.upper()}@{cut}"
+    if figure in _NAMES:
+        return _NAMES[figure]
+    for short, long in _NAMES.items():
+        if figure.endswith(f"_{short}"):
+            return f"{long} of {figure.removesuffix(f'_{short}')}"
+        if figure.startswith(f"{short}_"):
+            return f"{long} of {figure.removeprefix(f'{short}_')}"
+    return figure.replace("_", " ")
+
+
+def is_loss(figure: str) -> bool:
+    """Return whether less of a figure is better."""
+    return "log_loss" in figure or bool({"ne", "ece"} & set(figure.split("_")))
+
+
+def _by_slice(
+    rows: Sequence[Mapping[str, Any]], what: str, draw_bins: Callable[["Axes", Sequence[Mapping[str, Any]]], None]
+) -> bytes:
+    names = list(dict.fromkeys(row["slice"] for row in rows))
+
+    def draw(axes: list["Axes"]) -> None:
+        for axis, name in zip(axes, names, strict=True):
+            bins = [row for row in rows if row["slice"] == name]
+            draw_bins(axis, bins)
+            axis.set_xticks(range(len(bins)), [_span(row) for row in bins], fontsize=6)
+            axis.set(title=f"by {name.replace('_', ' ')}", xlabel=SLICES[name])
+            axis.margins(x=0.1)
+        if axes and names:
+            axes[0].set(ylabel=f"{what} (95 % interval)")
+
+    return _png(draw, panels=len(names))
+
+
+def _whiskers(axis: "Axes", places: Sequence[int], rows: Sequence[Mapping[str, float]], *, upright: bool) -> None:
+    values = [row["difference"] for row in rows]
+    errors = np.array([[row["difference"] - row["low"], row["high"] - row["difference"]] for row in rows]).reshape(
+        -1, 2
+    )
+    if upright:
+        axis.errorbar(places, values, yerr=errors.T, fmt="o", markersize=4, capsize=3)
+    else:
+        axis.errorbar(values, places, xerr=errors.T, fmt="o", markersize=4, capsize=3)
+
+
+def _wilson(share: float, num: int) -> tuple[float, float]:
+    """Return the 95 % interval of a share of `num` (Wilson's, which never leaves [0, 1]); itself where num is 0."""
+    if not num:
+        return share, share
+    spread = NORMAL_95**2 / num
+    middle = (share + spread / 2) / (1 + spread)
+    half = NORMAL_95 * np.sqrt(share * (1 - share) / num + spread / (4 * num)) / (1 + spread)
+    return float(min(share, middle - half)), float(max(share, middle + half))
+
+
+def _span(row: Mapping[str, Any]) -> str:
+    """Return a bin's values, under its name where that says more than its number."""
+    named = f"{row['bin']}\n" if " of " not in str(row.get("bin", " of ")) else ""
+    return f"{named}{_short(row['lower'])}\nto {_short(row['upper'])}"
 
 
 def _short(value: float) -> str:

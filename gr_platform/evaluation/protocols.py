@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from gr_platform.evaluation.cooccurrence import Cooccurrence, CooccurrenceConfig
 from gr_platform.evaluation.metrics import binary_metrics, rank_metrics
@@ -22,6 +23,7 @@ from gr_platform.models.retrieval import RetrievalModel
 from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.k_core import k_core as core_of
 from gr_platform.sequences.splits import Holdout, Split, Targets, leave_one_out
+from gr_platform.sequences.vocabulary import unknown_rows
 from gr_platform.training.batches import request_batch
 from gr_platform.training.seeds import generator
 
@@ -83,14 +85,18 @@ def rank_by_model(
     config = model.config if chunk is None else replace(model.config, chunk=chunk)
     targets = split_targets(dataset, split, positives_only=True, max_users=max_users)
     model.eval()
-    users = [model.user_vectors(_batch(dataset, part, config)) for part in _parts(targets)]
+    known = rows_known(dataset, model.num_rows)
+    users = [model.user_vectors(_batch(dataset, part, config, known=known)) for part in _parts(targets)]
     user_vectors = torch.cat(users) if users else torch.zeros(0, config.embedding_dim)
     item_vectors = model.item_vectors().T
+    num_later = max(0, dataset.vocabulary.num_rows - model.num_rows)
 
     def score_block(begin: int, end: int) -> np.ndarray:
-        return (user_vectors[begin:end] @ item_vectors / config.temperature).cpu().numpy()
+        scores = (user_vectors[begin:end] @ item_vectors / config.temperature).cpu().numpy()
+        return np.pad(scores, ((0, 0), (0, num_later))) if num_later else scores
 
-    return rank_targets(dataset, targets, score_block, exclude_seen=dataset.declaration.exclude_seen == "all")
+    exclude_seen = dataset.declaration.exclude_seen == "all"
+    return rank_targets(dataset, targets, score_block, exclude_seen=exclude_seen, num_known=model.num_rows)
 
 
 def rank_by_popularity(dataset: SequenceDataset, split: Split | Holdout) -> Ranked:
@@ -133,8 +139,9 @@ def judge_by_model(
     masks = np.array([dataset.declaration.task_masks()[task] for task in model.tasks], np.int64)
     model.eval()
     logits = [torch.zeros(0, len(model.tasks))]
+    known = rows_known(dataset, model.num_rows)
     for part in _parts(targets):
-        batch = _batch(dataset, part, model.config, with_target=True)
+        batch = _batch(dataset, part, model.config, with_target=True, known=known)
         logits.append(model.logits(batch).cpu()[batch.offsets[1:] - 1])
     logits_UT = torch.cat(logits).numpy()
     require_finite(logits_UT, "logits")
@@ -147,9 +154,10 @@ def judge_by_model(
 
 
 def retrieval_facts(ranked: Ranked) -> dict[str, Any]:
-    """Return the rank metrics with `num_users`, `num_ties`, `num_unreachable`."""
+    """Return the rank metrics with `num_users`, `num_targets`, `num_ties`, `num_unreachable`."""
     return rank_metrics(ranked.ranks) | {
-        "num_users": len(ranked.targets),
+        "num_users": len(np.unique(ranked.targets.rows)),
+        "num_targets": len(ranked.targets),
         "num_ties": ranked.num_ties,
         "num_unreachable": ranked.num_unreachable,
     }
@@ -175,8 +183,32 @@ def evaluate_ranking(
     return ranking_facts(judge_by_model(model, dataset, split, max_users=max_users), model.tasks)
 
 
-def _batch(dataset: SequenceDataset, targets: Targets, config: ModelConfig, *, with_target: bool = False) -> EventBatch:
-    return request_batch(dataset, targets.rows, targets.positions, config, known=targets.known, with_target=with_target)
+def rows_known(dataset: SequenceDataset, num_rows: int) -> Tensor | None:
+    """Return the row, int64 [R], that a model with the first `num_rows` rows has for each row of the data set.
+
+    An item that came later has the bucket that a server with the model's vocabulary gives it. None where there is none.
+    """
+    vocabulary = dataset.vocabulary
+    if num_rows >= vocabulary.num_rows:
+        return None
+    rows = torch.arange(vocabulary.num_rows)
+    later = vocabulary.item_ids[num_rows - vocabulary.first_item :]
+    rows[num_rows:] = torch.from_numpy(unknown_rows(later))
+    return rows
+
+
+def _batch(
+    dataset: SequenceDataset,
+    targets: Targets,
+    config: ModelConfig,
+    *,
+    with_target: bool = False,
+    known: Tensor | None = None,
+) -> EventBatch:
+    batch = request_batch(
+        dataset, targets.rows, targets.positions, config, known=targets.known, with_target=with_target
+    )
+    return batch if known is None else replace(batch, items=known[batch.items])
 
 
 def _parts(targets: Targets) -> list[Targets]:

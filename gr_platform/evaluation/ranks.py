@@ -16,6 +16,7 @@ from gr_platform.sequences.splits import Targets
 
 BLOCK_USERS = 256
 BLOCK_SCORES = 1 << 25
+LIST_ITEMS = 10
 
 
 class NonFiniteScores(RuntimeError):
@@ -27,6 +28,7 @@ class Ranked:
     """Ranks int64 [U] (1 = best) and scores float32 [U] of the targets' items int64 [U].
 
     tied: which targets share their score with another item; unreachable: which could not be returned; bool [U].
+    in_lists: in how many of the lists of the LIST_ITEMS best each item stands, int64 [R].
     """
 
     targets: Targets
@@ -35,6 +37,7 @@ class Ranked:
     scores: np.ndarray
     tied: np.ndarray
     unreachable: np.ndarray
+    in_lists: np.ndarray
 
     @property
     def num_ties(self) -> int:
@@ -58,17 +61,26 @@ def require_finite(values: np.ndarray, what: str) -> None:
 
 
 def rank_targets(
-    dataset: SequenceDataset, targets: Targets, score_block: Callable[[int, int], np.ndarray], *, exclude_seen: bool
+    dataset: SequenceDataset,
+    targets: Targets,
+    score_block: Callable[[int, int], np.ndarray],
+    *,
+    exclude_seen: bool,
+    num_known: int | None = None,
 ) -> Ranked:
     """Return the targets' ranks among active items, without those known of the user under `exclude_seen`.
 
     score_block(begin, end): float [end - begin, R] scores of users begin..end-1 of `targets`; it may be overwritten.
-    Memory: at most BLOCK_SCORES scores at once (or one user's). Raises NonFiniteScores.
+    num_known: how many rows the model has, where its vocabulary is older than the data set's: the items behind them it
+    cannot return. Memory: at most BLOCK_SCORES scores at once (or one user's). Raises NonFiniteScores.
     """
     barred = ~dataset.vocabulary.active
+    if num_known is not None:
+        barred[num_known:] = True
     items = dataset.at(targets.rows, targets.positions).items
     ranks, scores = np.empty(len(targets), np.int64), np.empty(len(targets), np.float32)
     tied, unreachable = np.empty(len(targets), bool), np.empty(len(targets), bool)
+    in_lists, num_listed = np.zeros(len(barred), np.int64), min(LIST_ITEMS, len(barred))
     block = max(1, min(BLOCK_USERS, BLOCK_SCORES // len(barred)))
     for begin in range(0, len(targets), block):
         end = min(begin + block, len(targets))
@@ -82,9 +94,19 @@ def rank_targets(
             seen = dataset.gather(targets.rows[begin:end], nothing, targets.known[begin:end])
             table[seen.owner, seen.items] = -np.inf
         lost = np.isneginf(table[asked])
+        best = np.argpartition(table, -num_listed, axis=1)[:, -num_listed:]
+        in_lists += np.bincount(best[np.isfinite(np.take_along_axis(table, best, 1))], minlength=len(barred))
         at_least = np.count_nonzero(table >= own[:, None], axis=1)
         ranks[begin:end] = np.where(lost, np.count_nonzero(~barred) + 1, at_least)
         scores[begin:end] = own
         tied[begin:end] = (np.count_nonzero(table == own[:, None], axis=1) > 1) & ~lost
         unreachable[begin:end] = lost
-    return Ranked(targets=targets, items=items, ranks=ranks, scores=scores, tied=tied, unreachable=unreachable)
+    return Ranked(
+        targets=targets,
+        items=items,
+        ranks=ranks,
+        scores=scores,
+        tied=tied,
+        unreachable=unreachable,
+        in_lists=in_lists,
+    )

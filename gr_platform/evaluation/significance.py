@@ -19,6 +19,7 @@ from gr_platform.training.seeds import generator
 NUM_RESAMPLES = 10_000
 RANK_FIGURES = ("hr_at_10", "hr_at_50", "hr_at_200", "ndcg_at_10", "ndcg_at_200", "mrr")
 CONFIDENCE = 0.95
+_ENDS = ((1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2)
 BLOCK_DRAWS = 1 << 19
 MEANING = (
     "interval of 95 % and p value by a bootstrap that draws the same users of both runs: they say whether other users "
@@ -40,6 +41,16 @@ class Difference:
     low: float
     high: float
     p_value: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Interval:
+    """A figure of one run with its 95 % interval: what it could have been, asked of other users of the same kind."""
+
+    figure: str
+    value: float
+    low: float
+    high: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +80,25 @@ def compare_tables(a: pa.Table, b: pa.Table, *, num_resamples: int = NUM_RESAMPL
     for index, (name, figure) in enumerate(ours.items()):
         resampled = _mean(sums[:, 1 + 2 * index], sums[:, 0], None if figure.labels is None else sums[:, 2 + 2 * index])
         found.append(_difference(name, _value(figure), _value(theirs[name]), resampled[np.isfinite(resampled)]))
+    return found
+
+
+def intervals(table: pa.Table, *, num_resamples: int = NUM_RESAMPLES, seed: int = 1) -> list[Interval]:
+    """Return the 95 % interval of each figure of one ranked or judged table, as `compare_tables` names them."""
+    if not len(table):
+        return []
+    _, users = np.unique(table["user_id"].to_numpy(), return_inverse=True)
+    figures = _figures(table)
+    columns = [np.ones(len(table))]
+    for figure in figures.values():
+        columns += [figure.values, _labels(figure)]
+    by_user = np.stack([np.bincount(users, weights=column) for column in columns], axis=1)
+    sums = resampled_sums(by_user, num_resamples=num_resamples, seed=seed)
+    found = []
+    for index, (name, figure) in enumerate(figures.items()):
+        resampled = _mean(sums[:, 1 + 2 * index], sums[:, 0], None if figure.labels is None else sums[:, 2 + 2 * index])
+        low, high = np.quantile(resampled[np.isfinite(resampled)], _ENDS).tolist()
+        found.append(Interval(figure=name, value=_value(figure), low=low, high=high))
     return found
 
 
@@ -140,7 +170,7 @@ def _value(figure: _Figure) -> float:
 
 
 def _difference(name: str, a: float, b: float, resampled: np.ndarray) -> Difference:
-    low, high = np.quantile(resampled, [(1 - CONFIDENCE) / 2, (1 + CONFIDENCE) / 2]).tolist()
+    low, high = np.quantile(resampled, _ENDS).tolist()
     # The data themselves count as one resample: a p value of 0 would claim more than a finite number of them can.
     one_side = (1 + min(np.count_nonzero(resampled <= 0), np.count_nonzero(resampled >= 0))) / (1 + len(resampled))
     return Difference(figure=name, a=a, b=b, difference=b - a, low=low, high=high, p_value=float(min(1, 2 * one_side)))

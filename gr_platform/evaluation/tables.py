@@ -49,7 +49,8 @@ def metrics_of_table(table: pa.Table) -> dict[str, object]:
     if "rank" in table.column_names:
         counts = {name: int(np.count_nonzero(table[name].to_numpy())) for name in ("tied", "unreachable")}
         return rank_metrics(table["rank"].to_numpy()) | {
-            "num_users": len(table),
+            "num_users": len(table["user_id"].unique()),
+            "num_targets": len(table),
             "num_ties": counts["tied"],
             "num_unreachable": counts["unreachable"],
         }

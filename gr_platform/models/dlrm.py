@@ -78,7 +78,7 @@ class DLRM(RankingModel):
     ) -> None:
         # Of RankingModel's parts it has all but the encoder, and heads of its own.
         nn.Module.__init__(self)
-        self.config, self.tasks = config, list(tasks)
+        self.config, self.num_rows, self.tasks = config, num_rows, list(tasks)
         self.embedding = TokenEmbedding(
             config, num_rows=num_rows, first_item=first_item, num_actions=num_actions, features=features
         )

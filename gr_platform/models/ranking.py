@@ -49,7 +49,7 @@ class RankingModel(nn.Module):
         features: FeatureTables | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.tasks = config, list(tasks)
+        self.config, self.num_rows, self.tasks = config, num_rows, list(tasks)
         self.embedding = TokenEmbedding(
             config, num_rows=num_rows, first_item=first_item, num_actions=num_actions, features=features
         )

@@ -133,6 +133,11 @@ class Vocabulary:
         return found
 
 
+def unknown_rows(ids: Iterable[Any]) -> np.ndarray:
+    """Return the row int64 of each item id in a vocabulary that does not know it."""
+    return np.array([_bucket(item) for item in ids], np.int64)
+
+
 def _bucket(item: int | str) -> int:
     """Return the out-of-vocabulary row 1..NUM_OOV of an id: its decimal or own text, hashed."""
     return 1 + int.from_bytes(hashlib.blake2b(str(item).encode(), digest_size=8).digest(), "little") % NUM_OOV

@@ -17,13 +17,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import psutil
 
 from gr_platform import processes, settings, storage
 from gr_platform.errors import UserError
 from gr_platform.models.config import Recipe
+from gr_platform.sequences.time_split import TimeSplit
 from gr_platform.training.ranks import LostProcess
 
 MODULE = "gr_platform.training.distributed"
@@ -34,17 +35,22 @@ GRACE_S = 40.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One training of a data set in a state folder; warm_start: the name of the run's folder to start from."""
+    """One training of a data set in a state folder; warm_start: the name of the run's folder to start from.
+
+    split: where the log is cut; None: leave-one-out.
+    """
 
     home: Path
     ds: str
     recipe: Recipe
     warm_start: str | None = None
+    split: TimeSplit | None = None
     progress: bool = True
 
     def write(self, folder: Path) -> None:
         """Write the job into a folder, for the processes to read."""
-        fields = {"home": str(self.home), "recipe": self.recipe.to_json()}
+        fields: dict[str, Any] = {"home": str(self.home), "recipe": self.recipe.to_json()}
+        fields["split"] = None if self.split is None else self.split.to_json()
         fields |= {name: getattr(self, name) for name in ("ds", "warm_start", "progress")}
         storage.write_text(folder / JOB, json.dumps(fields))
 
@@ -52,7 +58,8 @@ class Job:
     def read(folder: Path) -> "Job":
         """Return the job that `write` wrote."""
         fields = storage.read_object(folder / JOB)
-        return Job(**fields | {"home": Path(fields["home"]), "recipe": Recipe.from_json(fields["recipe"])})
+        read = {"home": Path(fields["home"]), "recipe": Recipe.from_json(fields["recipe"])}
+        return Job(**fields | read | {"split": TimeSplit.from_json(fields["split"])})
 
 
 @dataclass(frozen=True, slots=True)

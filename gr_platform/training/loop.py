@@ -26,7 +26,8 @@ from gr_platform.models.config import Kind, Recipe
 from gr_platform.models.recipe_files import chosen
 from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.featured import FeaturedDataset, with_features
-from gr_platform.sequences.splits import Holdout
+from gr_platform.sequences.splits import Holdout, newest_time
+from gr_platform.sequences.time_split import TimeSplit
 from gr_platform.training.batches import require_shared
 from gr_platform.training.checkpoint import Progress
 from gr_platform.training.epoch import forked
@@ -99,16 +100,18 @@ def train_model(
     *,
     num_processes: int = 1,
     warm_start: str | None = None,
+    split: TimeSplit | None = None,
     progress: bool = True,
     start: Callable[[Job, int], None] = launch,
 ) -> storage.Result:
     """Return the trained model of the data set's current sequences, training it unless that was done already.
 
     `recipe` is a recipe, the name of one or the path of its TOML file; warm_start: the name of a run's folder to start
-    from; start: what runs a job in several processes. The result becomes `runs/<ds>/<kind>_model.current`. A killed
+    from; split: where the log is cut (None: leave-one-out); start: what runs a job in several processes. The result becomes `runs/<ds>/<kind>_model.current`. A killed
     run resumes. Raises UserError (unknown recipe, too little data, too many processes, and as `train` does).
     """
-    job = Job(home=home, ds=ds, recipe=named_recipe(recipe, kind), warm_start=warm_start, progress=progress)
+    recipe = named_recipe(recipe, kind)
+    job = Job(home=home, ds=ds, recipe=recipe, warm_start=warm_start, split=split, progress=progress)
     launched = num_processes > 1 and _Task.of(job).found is None
     if launched:
         # Asked before anything starts: many processes take minutes until the first of them can say so.
@@ -164,6 +167,8 @@ class _Task:
         }
         if isinstance(dataset, FeaturedDataset) and dataset.features_digest:
             spec["features"] = dataset.features_digest
+        if job.split is not None:
+            spec["split"] = job.split.to_json()
         if job.warm_start is not None:
             spec["warm_start"] = storage.read_manifest(job.home / "runs" / job.ds / job.warm_start).digest
         return _Task(job, dataset, spec)
@@ -192,6 +197,8 @@ class _Task:
             job.recipe,
             folder,
             checkpoint=self.checkpoint,
+            validation=None if job.split is None else job.split.validation(self.dataset),
+            test=None if job.split is None else job.split.window(self.dataset),
             warm_start=start,
             ranks=ranks,
             progress=job.progress,
@@ -225,4 +232,12 @@ def _facts(run: Run, outcome: Outcome) -> dict[str, Any]:
         "num_parameters": outcome.num_parameters,
         "num_users": len(outcome.rows),
         "dataset_digest": run.dataset.digest,
+        "trained_until_ms": _trained_until(run, outcome),
     }
+
+
+def _trained_until(run: Run, outcome: Outcome) -> int:
+    """Return the time of the newest exposure that was trained on, ms UTC."""
+    ends = np.zeros(run.dataset.num_users, np.int64)
+    ends[outcome.rows] = outcome.ends
+    return newest_time(run.dataset, ends)

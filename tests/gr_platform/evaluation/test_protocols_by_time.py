@@ -36,7 +36,11 @@ def last_item_oracle():
 
     config = tiny("retrieval").model
     return SimpleNamespace(
-        config=config, eval=lambda: None, user_vectors=user_vectors, item_vectors=lambda: torch.eye(NUM_ROWS)
+        config=config,
+        num_rows=NUM_ROWS,
+        eval=lambda: None,
+        user_vectors=user_vectors,
+        item_vectors=lambda: torch.eye(NUM_ROWS),
     )
 
 
@@ -106,7 +110,8 @@ def test_real_models_judge_by_time_and_users_without_history(dataset):
     torch.manual_seed(0)
     held = by_time(dataset, CUT, targets="all")
     retrieval = build_model(tiny("retrieval").model, num_rows=10, num_actions=2, tasks=["like"])
-    assert protocols.evaluate_retrieval(retrieval, dataset, held)["num_users"] == 5
+    facts = protocols.evaluate_retrieval(retrieval, dataset, held)
+    assert (facts["num_targets"], facts["num_users"]) == (5, 3)
     ranking = build_model(tiny("ranking").model, num_rows=10, num_actions=2, tasks=["like"])
     judged = protocols.judge_by_model(ranking, dataset, held)
     assert judged.labels[:, 0].tolist() == [False, True, True, False, True]
