@@ -3,13 +3,13 @@
 import dagster as dg
 
 from assets.materialization import Stage, picture, table
-from assets.resources import Platform
+from assets.resources import PIPELINE, Platform
 
 # The most telling pictures: each goes to the event log with every run.
 SHOWN = ("users", "popularity")
 
 
-@dg.asset(group_name="data", kinds={"duckdb", "html"}, deps=["events"])
+@dg.asset(group_name="data", pool=PIPELINE, kinds={"duckdb", "html"}, deps=["events"])
 def data_card(platform: Platform) -> dg.MaterializeResult:
     """What the events look like: sizes, popularity, time, order, partitions; aggregates only."""
     from gr_platform.events.card_html import PAGE, build_card

@@ -3,12 +3,14 @@
 import dagster as dg
 
 from assets.materialization import Stage, table
-from assets.resources import Platform
+from assets.resources import PIPELINE, Platform
 from gr_platform.registry.versions import KINDS
 from gr_platform.storage import Result
 
 
-@dg.asset(group_name="release", kinds={"onnx"}, deps=["retrieval_model", "ranking_model", "registration"])
+@dg.asset(
+    group_name="release", pool=PIPELINE, kinds={"onnx"}, deps=["retrieval_model", "ranking_model", "registration"]
+)
 def bundle(platform: Platform) -> dg.MaterializeResult:
     """Both models as self-contained folders: graphs, weights, vocabulary, constants and golden requests."""
     from gr_platform.bundle.export import export
@@ -30,20 +32,27 @@ def bundle(platform: Platform) -> dg.MaterializeResult:
     )
 
 
-@dg.asset(group_name="release", kinds={"mlflow"}, deps=["bundle"])
-def deployment(platform: Platform) -> dg.MaterializeResult:
-    """The champion pair in the model repository, loaded by the model server if one runs."""
-    from gr_platform.deploy import deploy
+class Deploying(dg.Config):
+    """champion_only: serve what the alias champion names, and judge nobody."""
+
+    champion_only: bool = False
+
+
+# In no pool: with `deploying` it passes a training, and everything it does has a lock of its own.
+@dg.asset(group_name="release", kinds={"mlflow"}, deps=["bundle", "judgement"])
+def deployment(platform: Platform, config: Deploying) -> dg.MaterializeResult:
+    """The pair that may serve, in the model repository and loaded by the model server if one runs; then the aliases."""
+    from gr_platform.lifecycle.release import reconcile, release
 
     stage = Stage("deployment")
-    result = deploy(platform.folder(), platform.dataset_name())
+    result = (reconcile if config.champion_only else release)(platform.folder(), platform.dataset_name())
     rows = [[v.name, v.version, ", ".join(v.aliases)] for v in result.champions.values()]
     reasons = "\n".join(f"- {reason}" for reason in result.reasons)
     return stage.finish(
         digest=result.digest,
-        reused=not result.promoted,
+        reused=result.outcome == "already champion",
         figures={
-            "outcome": result.outcome,
+            "outcome": result.sentence,
             "server": "loaded" if result.server_loaded else "not running: gr serve or make up will serve it",
         },
         preview=table(["model", "version", "aliases"], rows) + (f"\n\n{reasons}" if reasons else ""),

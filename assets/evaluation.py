@@ -5,10 +5,10 @@ from typing import Any
 import dagster as dg
 
 from assets.materialization import UNTRACKED, Stage, table
-from assets.resources import Platform
+from assets.resources import PIPELINE, Platform
 
 
-@dg.asset(group_name="models", kinds={"pytorch"}, deps=["sequences", "retrieval_model", "ranking_model"])
+@dg.asset(group_name="models", pool=PIPELINE, kinds={"pytorch"}, deps=["sequences", "retrieval_model", "ranking_model"])
 def evaluation(platform: Platform) -> dg.MaterializeResult:
     """Test figures: HR, NDCG, MRR over the whole catalogue beside what counting gives; NE and AUC a task."""
     from gr_platform.evaluation.evaluate import evaluate_current
@@ -39,7 +39,7 @@ class Pair(dg.Config):
     second: str
 
 
-@dg.asset(group_name="models", kinds={"mlflow"})
+@dg.asset(group_name="models", pool=PIPELINE, kinds={"mlflow"})
 def comparison(platform: Platform, config: Pair) -> dg.MaterializeResult:
     """Two runs user by user, as `gr compare`: each figure's difference, its 95 % interval and p value by bootstrap."""
     from gr_platform.evaluation.compare import compare_runs

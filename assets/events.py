@@ -4,10 +4,10 @@ import dagster as dg
 
 from assets.materialization import PREVIEW_ROWS, Stage, preview_of, table
 from assets.plots import histogram
-from assets.resources import Platform
+from assets.resources import PIPELINE, Platform
 
 
-@dg.asset(group_name="data", kinds={"duckdb", "parquet"})
+@dg.asset(group_name="data", pool=PIPELINE, kinds={"duckdb", "parquet"}, deps=["landed_day"])
 def events(platform: Platform) -> dg.MaterializeResult:
     """Clean events: landed files validated, de-duplicated, sorted by user; rows that broke a rule in quarantine."""
     from gr_platform.events.ingest import clean_events, ingest

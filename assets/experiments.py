@@ -7,6 +7,7 @@ from pathlib import Path
 
 import dagster as dg
 
+from assets import runs
 from assets.materialization import Stage, table
 from gr_platform import settings
 from gr_platform.experiments.catalogue import experiments, named
@@ -21,6 +22,10 @@ class Experiments(dg.ConfigurableResource):
     home: str = ""
     data: str = ""
     scale: str = "full"
+
+    def setup_for_execution(self, context: dg.InitResourceContext) -> None:
+        """Tag the run."""
+        runs.mark(context)
 
     def folder(self) -> Path:
         """Return the absolute state folder."""

@@ -19,6 +19,7 @@ def _run_folder(platform: Platform, name: str) -> Path:
 
 
 def _model_leakage(platform: Platform, kind: Kind) -> dg.AssetCheckResult:
+    from gr_platform.evaluation.evaluate import split_of
     from gr_platform.sequences.dataset import SequenceDataset
     from gr_platform.sequences.splits import by_time, check_no_leak, leave_one_out, newest_time
     from gr_platform.training.loop import trained_ends
@@ -32,7 +33,10 @@ def _model_leakage(platform: Platform, kind: Kind) -> dg.AssetCheckResult:
         ends = trained_ends(folder, dataset.num_users)
         # A refit takes the validation targets in, so only the test targets are to be unknown to the model.
         refit = spec["recipe"]["training"]["refit"]
+        split = split_of(folder)
         holdout = leave_one_out(dataset, "test", refit=True) if refit else None
+        if split is not None:
+            holdout = split.window(dataset)
         faults = check_no_leak(dataset, ends=ends, holdout=holdout)
         # By time, this model may only be judged on what came after all that it saw: how much of that is there?
         trained_until = newest_time(dataset, ends)

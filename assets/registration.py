@@ -3,10 +3,10 @@
 import dagster as dg
 
 from assets.materialization import Stage, table
-from assets.resources import Platform
+from assets.resources import PIPELINE, Platform
 
 
-@dg.asset(group_name="release", kinds={"mlflow"}, deps=["evaluation"])
+@dg.asset(group_name="release", pool=PIPELINE, kinds={"mlflow"}, deps=["evaluation"])
 def registration(platform: Platform) -> dg.MaterializeResult:
     """One MLflow run and one registered version a model; versions that are not champion become challenger."""
     from gr_platform.registry.versions import register_current

@@ -6,13 +6,13 @@ import dagster as dg
 
 from assets.materialization import PREVIEW_ROWS, Stage, preview_of, table
 from assets.plots import histogram
-from assets.resources import Platform
+from assets.resources import PIPELINE, Platform
 
 if TYPE_CHECKING:
     from gr_platform.sequences.dataset import SequenceDataset
 
 
-@dg.asset(group_name="data", kinds={"duckdb", "parquet"}, deps=["events"])
+@dg.asset(group_name="data", pool=PIPELINE, kinds={"duckdb", "parquet"}, deps=["events"])
 def item_vocabulary(platform: Platform) -> dg.MaterializeResult:
     """Item id to dense index, append-only across retrains, with counts and first and last event."""
     import numpy as np
@@ -32,7 +32,7 @@ def item_vocabulary(platform: Platform) -> dg.MaterializeResult:
     )
 
 
-@dg.asset(group_name="data", kinds={"duckdb", "arrow"}, deps=["events", "item_vocabulary"])
+@dg.asset(group_name="data", pool=PIPELINE, kinds={"duckdb", "arrow"}, deps=["events", "item_vocabulary"])
 def sequences(platform: Platform) -> dg.MaterializeResult:
     """Every user's exposures in their total order, as values and offsets in a memory-mapped Arrow file."""
     import numpy as np
@@ -42,6 +42,7 @@ def sequences(platform: Platform) -> dg.MaterializeResult:
 
     stage = Stage("sequences")
     result = sequentialize(platform.folder(), platform.dataset_name())
+    platform.record(dataset_digest=result.manifest.digest)
     dataset = SequenceDataset.open(result.folder)
     lengths = np.asarray(dataset.lengths)
     return stage.finish(

@@ -5,10 +5,10 @@ from typing import Any
 import dagster as dg
 
 from assets.materialization import PREVIEW_ROWS, Stage, table
-from assets.resources import Platform
+from assets.resources import PIPELINE, Platform
 
 
-@dg.asset(group_name="release", kinds={"duckdb", "parquet"}, deps=["events", "deployment"])
+@dg.asset(group_name="release", pool=PIPELINE, kinds={"duckdb", "parquet"}, deps=["events", "deployment"])
 def served(platform: Platform) -> dg.MaterializeResult:
     """The server's log joined with the events that followed: online hit rate, latency, agreement with the shadow."""
     from gr_platform.evaluation.plots import served as picture

@@ -11,9 +11,10 @@ from collections.abc import Callable
 import typer
 
 from gr_platform import settings
-from gr_platform.commands import cli_data, cli_models, cli_platform, cli_serving, logs, options
+from gr_platform.commands import cli_data, cli_lifecycle, cli_models, cli_platform, cli_serving, logs, options
 from gr_platform.commands.messages import complain
 from gr_platform.errors import sentence_for
+from gr_platform.lifecycle import migration
 
 # Panel of `gr --help` -> its commands; a command's name is its function's.
 COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
@@ -35,6 +36,21 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         cli_models.bench,
     ),
     "Serving": (cli_serving.serve, cli_serving.recommend, cli_serving.score),
+    "Lifecycle": (
+        cli_lifecycle.land,
+        cli_lifecycle.retrain,
+        cli_lifecycle.gates,
+        cli_lifecycle.promote,
+        cli_lifecycle.rollback,
+        cli_lifecycle.replay,
+        cli_lifecycle.drift,
+        cli_lifecycle.metrics,
+        cli_lifecycle.alerts,
+        cli_lifecycle.clean,
+        cli_lifecycle.backup,
+        cli_lifecycle.restore,
+        cli_lifecycle.migrate,
+    ),
 }
 
 app = typer.Typer(
@@ -58,6 +74,10 @@ def main() -> None:
     """Run `gr`; exit with status 2 and one sentence for what the user can mend."""
     try:
         logs.to_file(settings.home())
+        # A restore is what mends a half-restored folder.
+        if sys.argv[1:] and sys.argv[1] != "restore" and "--help" not in sys.argv:
+            migration.require_readable(settings.home())
+            migration.begin(settings.home())
         app()
     except SystemExit as end:
         if end.code == options.INTERRUPTED:

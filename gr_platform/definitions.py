@@ -1,4 +1,4 @@
-"""The Dagster code location: every asset, check, job and resource of the platform.
+"""The Dagster code location: every asset, check, job, schedule, sensor and resource of the platform.
 
 Invariant: importing it loads neither torch nor MLflow, so the UI and the daemon start fast.
 """
@@ -8,29 +8,27 @@ import logging
 import dagster as dg
 
 from assets import (
+    automation,
     data_card,
     data_checks,
     deployment,
+    drift_checks,
     evaluation,
     events,
     experiments,
+    inbox,
+    jobs,
+    judgement,
     model_checks,
     registration,
+    sensors,
     sequences,
     served,
     training,
 )
-from assets.resources import Platform
-
-FULL_PIPELINE = "full_pipeline"
-
-full_pipeline = dg.define_asset_job(
-    FULL_PIPELINE,
-    selection=dg.AssetSelection.all()
-    - dg.AssetSelection.groups(experiments.GROUP)
-    - dg.AssetSelection.assets(evaluation.comparison),
-    description="From landed files to the served pair of models and what it served; finished stages are reused.",
-)
+from assets.resources import Platform, StateFolder
+from gr_platform import settings
+from gr_platform.lifecycle import options
 
 
 @dg.logger(
@@ -50,13 +48,30 @@ def file_logger(context: dg.InitLoggerContext) -> logging.Logger:
     return logger
 
 
+# Read once: a cron line that is changed counts when the code location is loaded again, every other option at once.
+_options = options.read(settings.home())
+
 defs = dg.Definitions(
     assets=dg.load_assets_from_modules(
-        [events, data_card, sequences, training, evaluation, registration, deployment, served, experiments]
+        [
+            inbox,
+            events,
+            data_card,
+            sequences,
+            training,
+            evaluation,
+            registration,
+            judgement,
+            deployment,
+            served,
+            experiments,
+        ]
     ),
-    asset_checks=dg.load_asset_checks_from_modules([data_checks, model_checks]),
-    jobs=[full_pipeline],
-    resources={"platform": Platform(), "lab": experiments.Experiments()},
+    asset_checks=dg.load_asset_checks_from_modules([data_checks, model_checks, judgement, drift_checks]),
+    jobs=jobs.jobs(_options),
+    schedules=automation.schedules(_options),
+    sensors=sensors.sensors,
+    resources={"platform": Platform(), "state_folder": StateFolder(), "lab": experiments.Experiments()},
     executor=dg.in_process_executor,
     loggers={"console": dg.colored_console_logger, "file": file_logger},
 )

@@ -4,12 +4,21 @@ Invariant: no other module reads `os.environ` for a `GR_` name, so this file is 
 """
 
 import os
-import shutil
+import re
+import tempfile
 from pathlib import Path
 
 from gr_platform.errors import UserError
 
 PROJECT_ROOT = Path(__file__).resolve().parent.parent
+MLFLOW_DB, DAGSTER_DB = "GR_MLFLOW_DB", "GR_DAGSTER_DB"
+# Strict, so that no piece of a password with a bare @ : or / is taken for the host, which error texts name.
+_POSTGRES = re.compile(
+    r"postgresql(\+psycopg2)?://[^\s@:/?#]+(:[^\s@:/?#]*)?@"
+    r"([\w.-]*|\[[0-9a-fA-F:.]+\])(:\d{1,5})?/[\w.~%-]+(\?[\w.~%&=/+-]*)?"
+)
+# Names the variable instead of its value: neither the file nor Dagster's UI shows the password.
+_DAGSTER_STORAGE = f"storage:\n  postgres:\n    postgres_url:\n      env: {DAGSTER_DB}\n"
 
 
 def home() -> Path:
@@ -20,22 +29,75 @@ def home() -> Path:
     return folder
 
 
+def mlflow_db() -> str | None:
+    """Return the PostgreSQL address of MLflow's store (`GR_MLFLOW_DB`), or None: SQLite in the state folder.
+
+    With the driver's name, `postgresql+psycopg2://...`, as SQLAlchemy takes it. Raises UserError, without the address,
+    if it is none.
+    """
+    return _postgres(MLFLOW_DB)
+
+
+def dagster_db() -> str | None:
+    """Return the PostgreSQL address of Dagster's storage (`GR_DAGSTER_DB`), or None: SQLite. Raises as `mlflow_db`."""
+    return _postgres(DAGSTER_DB)
+
+
+def _postgres(name: str) -> str | None:
+    address = os.environ.get(name)
+    if not address:
+        return None
+    if not _POSTGRES.fullmatch(address):
+        raise UserError(
+            f"{name} is no address of a PostgreSQL database; write postgresql://USER:PASSWORD@HOST:PORT/NAME, with "
+            "every @ : / ? # and space of the password percent-encoded (@ is %40)"
+        )
+    # SQLAlchemy would take another driver; Dagster knows the errors of this one.
+    return "postgresql+psycopg2://" + address.partition("://")[2]
+
+
 def dagster_home() -> Path:
     """Return the absolute Dagster instance folder, with its dagster.yaml in place.
 
-    `DAGSTER_HOME` if set; the project's `dagster_home/` for the default state folder; else a copy inside `GR_HOME`,
-    so that two state folders never share a run history.
+    `DAGSTER_HOME` if set; the project's `dagster_home/` for the default state folder; else a folder inside `GR_HOME`,
+    so that two state folders never share a run history. The dagster.yaml in there is kept equal to the project's, with
+    PostgreSQL as its storage where `GR_DAGSTER_DB` is set. Raises UserError if `DAGSTER_HOME` contradicts that.
     """
     committed = PROJECT_ROOT / "dagster_home"
+    database = dagster_db()
     if configured := os.environ.get("DAGSTER_HOME"):
-        return Path(configured).resolve()
-    if not os.environ.get("GR_HOME") and committed.is_dir():
-        return committed
+        return _own_instance(Path(configured).resolve(), asked=database is not None)
     folder = home() / "dagster_home"
-    folder.mkdir(parents=True, exist_ok=True)
-    if not (folder / "dagster.yaml").exists():
-        shutil.copy(committed / "dagster.yaml", folder / "dagster.yaml")
+    if not os.environ.get("GR_HOME") and database is None and committed.is_dir() and not folder.is_dir():
+        return committed
+    if database:
+        # Dagster reads the variable itself, here and in the programs that we start.
+        os.environ[DAGSTER_DB] = database
+    own = "# Kept equal to dagster_home/dagster.yaml of the project by gr; to have your own, set DAGSTER_HOME.\n"
+    wanted = own + (committed / "dagster.yaml").read_text(encoding="utf-8") + (_DAGSTER_STORAGE if database else "")
+    _keep(folder / "dagster.yaml", wanted)
     return folder
+
+
+def _own_instance(folder: Path, *, asked: bool) -> Path:
+    written = folder / "dagster.yaml"
+    if asked and not (written.is_file() and DAGSTER_DB in written.read_text(encoding="utf-8")):
+        raise UserError(
+            f"{DAGSTER_DB} is set, but the dagster.yaml in DAGSTER_HOME does not use it; unset DAGSTER_HOME, or write "
+            f"there: storage: {{postgres: {{postgres_url: {{env: {DAGSTER_DB}}}}}}}"
+        )
+    return folder
+
+
+def _keep(path: Path, text: str) -> None:
+    """Make a small file hold `text`: by one rename, and only where it differs, since other programs read it."""
+    if path.is_file() and path.read_text(encoding="utf-8") == text:
+        return
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle, written = tempfile.mkstemp(dir=path.parent, prefix=".writing-")
+    with os.fdopen(handle, "w", encoding="utf-8") as stream:
+        stream.write(text)
+    os.replace(written, path)
 
 
 def serving_python() -> Path:
@@ -82,6 +144,29 @@ def perf_analyzer() -> Path | None:
 def dataset() -> str | None:
     """Return the data set that `GR_DATASET` names, or None: then the one imported last is meant."""
     return os.environ.get("GR_DATASET") or None
+
+
+def run_id() -> str:
+    """Return the run that this process was started for (`GR_RUN_ID`), '' for none: its log lines carry it."""
+    return os.environ.get("GR_RUN_ID") or ""
+
+
+def log_format() -> str:
+    """Return how lines of the log are written (`GR_LOG_FORMAT`), `text` or `json`. Raises UserError for another."""
+    configured = os.environ.get("GR_LOG_FORMAT") or "text"
+    if configured not in ("text", "json"):
+        raise UserError(f"GR_LOG_FORMAT is {configured!r}, must be text or json; unset it for text")
+    return configured
+
+
+def alert_command() -> str:
+    """Return the command line to run when something is wrong (`GR_ALERT_COMMAND`), '' for none."""
+    return os.environ.get("GR_ALERT_COMMAND") or ""
+
+
+def alert_url() -> str:
+    """Return the address to post to when something is wrong (`GR_ALERT_URL`, a secret), '' for none."""
+    return os.environ.get("GR_ALERT_URL") or ""
 
 
 def num_cores() -> int:

@@ -226,6 +226,13 @@ def write_manifest(folder: Path, *, kind: str, spec: Mapping[str, Any], facts: M
     return manifest
 
 
+def add_facts(folder: Path, facts: Mapping[str, Any]) -> None:
+    """Add facts to a finished result, at once or not at all; its digest, which covers none, stays."""
+    fields = read_object(folder / MANIFEST)
+    fields["facts"] |= facts
+    write_text(folder / MANIFEST, json.dumps(fields, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
 def point(parent: Path, name: str, folder: Path) -> None:
     """Make `parent/<name>.current` name `folder` (a child of `parent`): what later stages read."""
     write_text(parent / f"{name}.current", folder.name + "\n")

@@ -119,7 +119,7 @@ class EngineModel(ABC):
             self._engine = _aside(self._loaded, own)
         except UserError as error:
             raise self.pb_utils.TritonModelException(str(error)) from None
-        self._metrics = EngineMetrics(self.pb_utils, own.name, self._engine)
+        self._metrics = EngineMetrics(self.pb_utils, own.name, self._engine, own.parameters)
         self._keeper = Keeper(self._engine, own)
         self._senders = ThreadPoolExecutor(NUM_SENDERS, thread_name_prefix="gr-sender")
         self._engine.start()

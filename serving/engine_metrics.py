@@ -4,10 +4,15 @@ Invariant: a figure costs a message to the server, so figures are brought up to 
 own, never while a request waits.
 """
 
+import math
 import queue
 import threading
 import time
+from collections import deque
+from collections.abc import Mapping
 from typing import Any
+
+import numpy as np
 
 from serving.engine.engine import Engine
 from serving.engine.jobs import Job
@@ -16,6 +21,9 @@ PERIOD_S = 0.5
 LATENCY_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
 # Latencies that are kept until the next round; what comes beyond is not observed one by one.
 MAX_OBSERVED = 1000
+# Of the answers of a round, the scores of so many count, the last ones; their mean looks back over LOOK_BACK of them.
+MAX_SCORED = 8
+LOOK_BACK = 200
 _COUNTERS = {
     "gr_requests_total": "Requests answered with a result",
     "gr_rejected_total": "Requests refused because too many waited",
@@ -36,13 +44,47 @@ _GAUGES = {
     "gr_cache_bytes": "Bytes held by the K/V cache, pages in use included",
     "gr_queue_requests": "Requests in the engine",
 }
+# Parameter of the model, in ms -> gauge, in seconds since 1970; NaN where the bundle does not say.
+_MOMENTS = {
+    "trained_until_ms": ("gr_model_trained_until_seconds", "Unix time of the newest event that the model learned from"),
+    "exported_ms": ("gr_model_exported_seconds", "Unix time at which the model's bundle was written"),
+}
+_SCORES = {
+    "gr_score_mean": "Mean probability that candidates got of late, in a sample of answers",
+    "gr_score_std": "Standard deviation of these probabilities",
+}
+
+
+class ScoreMoments:
+    """Running mean and standard deviation of scores by task, each answer weighted alike, older ones ever less."""
+
+    def __init__(self, num_tasks: int, look_back: int = LOOK_BACK) -> None:
+        self._mean, self._square = np.zeros(num_tasks), np.zeros(num_tasks)
+        self._num, self._look_back = 0, look_back
+
+    def add(self, scores: np.ndarray) -> None:
+        """Take an answer's scores, float [C, tasks]; one without candidates, or with a score that is no number, does
+        not count."""
+        if not len(scores) or not np.isfinite(scores).all():
+            return
+        self._num += 1
+        weight = max(1 / self._num, 1 / self._look_back)
+        self._mean += weight * (scores.mean(0, dtype=np.float64) - self._mean)
+        self._square += weight * (np.square(scores, dtype=np.float64).mean(0) - self._square)
+
+    def figures(self) -> dict[str, np.ndarray]:
+        """Return gauge -> value by task; {} before the first answer."""
+        if not self._num:
+            return {}
+        std = np.sqrt(np.maximum(0.0, self._square - self._mean**2))
+        return {"gr_score_mean": self._mean, "gr_score_std": std}
 
 
 class EngineMetrics:
     """Families are created once per loaded model; `close` ends the thread after a last round."""
 
-    def __init__(self, pb_utils: Any, model: str, engine: Engine) -> None:
-        """`pb_utils`: the server's own module."""
+    def __init__(self, pb_utils: Any, model: str, engine: Engine, parameters: Mapping[str, str] | None = None) -> None:
+        """`pb_utils`: the server's own module. parameters: those of the model's config.pbtxt."""
         kinds, labels = pb_utils.MetricFamily, {"model": model}
         described = [
             *((n, d, kinds.COUNTER) for n, d in _COUNTERS.items()),
@@ -56,6 +98,14 @@ class EngineMetrics:
             name=latency, description="Seconds from the engine's queue to the answer", kind=kinds.HISTOGRAM
         )
         self._latency = self._families[latency].Metric(labels=labels, buckets=list(LATENCY_BUCKETS_S))
+        self._show_moments(kinds, labels, parameters or {})
+        self._scores, self._tasks = deque[np.ndarray](maxlen=MAX_SCORED), _tasks_of(engine)
+        self._score_moments = ScoreMoments(len(self._tasks))
+        self._families |= {n: kinds(name=n, description=d, kind=kinds.GAUGE) for n, d in _SCORES.items() if self._tasks}
+        self._task_metrics = {
+            name: [self._families[name].Metric(labels=labels | {"task": task}) for task in self._tasks]
+            for name in _SCORES
+        }
         self._seen = dict.fromkeys(_COUNTERS, 0.0)
         self._engine = engine
         self._latencies: queue.Queue[float] = queue.Queue(MAX_OBSERVED)
@@ -65,6 +115,8 @@ class EngineMetrics:
 
     def observe(self, job: Job) -> None:
         """Remember how long an answered request took."""
+        if self._tasks:
+            self._scores.append(job.work.scores)
         try:
             self._latencies.put_nowait(time.monotonic() - job.arrived)
         except queue.Full:
@@ -74,6 +126,15 @@ class EngineMetrics:
         """Bring everything up to date a last time."""
         self._closing.set()
         self._thread.join()
+
+    def _show_moments(self, kinds: Any, labels: dict[str, str], parameters: Mapping[str, str]) -> None:
+        self._moments = []
+        for parameter, (name, description) in _MOMENTS.items():
+            at_ms = parameters.get(parameter)
+            self._families[name] = kinds(name=name, description=description, kind=kinds.GAUGE)
+            self._moments.append(self._families[name].Metric(labels=labels))
+            # The server keeps what the model before it said: the age of models that are gone must not stay.
+            self._moments[-1].set(int(at_ms) / 1000 if at_ms else math.nan)
 
     def _run(self) -> None:
         while not self._closing.wait(PERIOD_S):
@@ -89,6 +150,12 @@ class EngineMetrics:
         self._metrics["gr_queue_requests"].set(self._engine.num_jobs)
         for _ in range(self._latencies.qsize()):
             self._latency.observe(self._latencies.get_nowait())
+        if self._scores:
+            for _ in range(len(self._scores)):
+                self._score_moments.add(self._scores.popleft())
+            for name, values in self._score_moments.figures().items():
+                for metric, value in zip(self._task_metrics[name], values.tolist(), strict=True):
+                    metric.set(value)
 
     def _totals(self) -> dict[str, float]:
         totals, cache = self._engine.totals, self._engine.model.cache.counters
@@ -109,3 +176,8 @@ class EngineMetrics:
             "gr_encode_seconds_total": totals.encode_s,
             "gr_answer_seconds_total": totals.answer_s,
         }
+
+
+def _tasks_of(engine: Engine) -> tuple[str, ...]:
+    """Return what an engine's scores are probabilities of; a retrieval model's are none."""
+    return engine.model.bundle.tasks if engine.model.kind == "ranking" else ()

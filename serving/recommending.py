@@ -153,16 +153,18 @@ class _Shadow:
         self._thread.shutdown()
 
     def _score(self, entry: Served, inputs: Mapping[str, np.ndarray]) -> None:
+        began = time.monotonic()
         try:
             if not self._closing:
                 tensors = [self._pb_utils.Tensor(name, value) for name, value in inputs.items()]
                 outputs, timeout_us = ["SCORES"], SHADOW_TIMEOUT_US
                 (scores,) = ask(self._pb_utils, CHALLENGER, tensors, outputs, entry.request_id, timeout_us)
-                entry = replace(entry, shadow_scores=scores[0])
+                entry = replace(entry, shadow_scores=scores[0], shadow_ms=_ms_since(began))
                 self._count("gr_shadow_total")
         except Exception as error:
             # Nobody waits for it: whatever the challenger's fault is, it is counted, and the row is logged without it.
             self._count("gr_shadow_failed_total")
+            entry = replace(entry, shadow_ms=_ms_since(began))
             self._pb_utils.Logger.log_warn(f"event=shadow_failed reason={error.__cause__ or error}")
         finally:
             self._places.release()
@@ -171,6 +173,10 @@ class _Shadow:
     def _count(self, name: str) -> None:
         with self._lock:
             self.totals[name] += 1
+
+
+def _ms_since(began: float) -> float:
+    return 1e3 * (time.monotonic() - began)
 
 
 def _open_log(parameters: Mapping[str, str]) -> ServedLog | None:

@@ -156,10 +156,17 @@ def _build_model(folder: Path, model: str, template: str, own: Bundle | None, va
     shutil.copyfile(_TEMPLATES / template / "1" / "model.py", version / "model.py")
     text = (_TEMPLATES / template / "config.pbtxt").read_text(encoding="utf-8")
     text = text.replace(f'name: "{template}"', f'name: "{model}"', 1)
-    values = values | {"model_digest": own.digest if own else ""}
+    values = values | {"model_digest": own.digest if own else ""} | (_moments(own.folder) if own else {})
     (folder / model / "config.pbtxt").write_text(string.Template(text).substitute(values), encoding="utf-8")
     if own is not None:
         _link_files(own.folder, version / "bundle")
+
+
+def _moments(bundle: Path) -> dict[str, str]:
+    """Return until when a bundle's model learned, as far as its manifest says so, and when it was exported; ms UTC."""
+    until = storage.read_manifest(bundle).facts.get("trained_until_ms")
+    exported = (bundle / storage.MANIFEST).stat().st_mtime_ns // 1_000_000
+    return {"trained_until_ms": "" if until is None else str(until), "exported_ms": str(exported)}
 
 
 def _config_values(

@@ -19,7 +19,8 @@ _ENTRY_BYTES = 400
 class Served:
     """One answer. Times in ms UTC: served_ts by the server's clock, request_ts as asked for.
 
-    items: raw ids [n]. scores: float32 [n, tasks]. shadow_scores: the same by the challenger, None if it was not asked.
+    items: raw ids [n]. scores: float32 [n, tasks]. shadow_scores: the same by the challenger, None if it was not asked
+    or failed. shadow_ms: how long it took to answer or to fail, None if it was not asked.
     """
 
     request_id: str
@@ -30,6 +31,7 @@ class Served:
     scores: np.ndarray
     latency_ms: float
     shadow_scores: np.ndarray | None = None
+    shadow_ms: float | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -71,6 +73,7 @@ def schema_of(by: ServedBy) -> pa.Schema:
         "latency_ms": pa.float32(),
         "shadow_digest": pa.string(),
         "shadow_scores": scores,
+        "shadow_ms": pa.float32(),
     }
     facts = {"tasks": json.dumps(by.tasks), "shadow_tasks": json.dumps(by.shadow_tasks), "schema_version": "1"}
     return pa.schema(list(fields.items()), metadata=facts)
@@ -81,6 +84,7 @@ def table_of(rows: list[tuple[Served, str | None]], by: ServedBy) -> pa.Table:
     schema = schema_of(by)
     entries = [entry for entry, _ in rows]
     has_shadow = np.array([entry.shadow_scores is not None for entry in entries])
+    was_asked = has_shadow | np.array([entry.shadow_ms is not None for entry in entries])
     none = np.zeros((0, len(by.shadow_tasks)), np.float32)
     columns = [
         pa.array([entry.request_id for entry in entries]),
@@ -94,8 +98,9 @@ def table_of(rows: list[tuple[Served, str | None]], by: ServedBy) -> pa.Table:
         ),
         _scores([entry.scores for entry in entries], np.ones(len(rows), bool)),
         pa.array([entry.latency_ms for entry in entries], pa.float32()),
-        pa.array([by.shadow_digest if there else None for there in has_shadow.tolist()], pa.string()),
+        pa.array([by.shadow_digest if there else None for there in was_asked.tolist()], pa.string()),
         _scores([none if e.shadow_scores is None else e.shadow_scores for e in entries], has_shadow),
+        pa.array([entry.shadow_ms for entry in entries], pa.float32()),
     ]
     return pa.Table.from_arrays(columns, schema=schema)
 

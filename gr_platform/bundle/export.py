@@ -256,7 +256,7 @@ def export(home: Path, dataset: str, kind: Kind) -> storage.Result:
     }
 
     def build(folder: Path) -> dict[str, Any]:
-        return write_bundle(
+        facts = write_bundle(
             folder,
             model=load_model(run_folder),
             weights=run_folder / "model.safetensors",
@@ -266,6 +266,7 @@ def export(home: Path, dataset: str, kind: Kind) -> storage.Result:
             recipe=run.spec["recipe"]["name"],
             metrics={kind: evaluation.facts[kind]},
         )
+        return facts | {"trained_until_ms": run.facts.get("trained_until_ms"), "split": run.spec.get("split")}
 
     result = storage.ensure(home / "bundles" / dataset, kind, spec, build)
     storage.point(home / "bundles" / dataset, kind, result.folder)

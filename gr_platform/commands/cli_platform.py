@@ -53,16 +53,26 @@ def up(
     grpc_port: options.GrpcPort = 8001,
     http_port: options.HttpPort = 8000,
     metrics_port: options.MetricsPort = 8002,
+    platform_metrics_port: options.PlatformMetricsPort = 8003,
 ) -> None:
-    """Start Dagster (UI and daemon), the MLflow UI and the model server, all on 127.0.0.1, and print their addresses.
+    """Start Dagster (UI and daemon), the MLflow UI, the platform's metrics and the model server, all on 127.0.0.1.
+
+    Prints their addresses.
 
     Examples: gr up | gr up --dagster-port 3001
     """
+    from gr_platform import databases
     from gr_platform.commands import services
 
     home = settings.home()
+    databases.require()
     ports = services.Ports(
-        dagster=dagster_port, mlflow=mlflow_port, grpc=grpc_port, http=http_port, metrics=metrics_port
+        dagster=dagster_port,
+        mlflow=mlflow_port,
+        grpc=grpc_port,
+        http=http_port,
+        metrics=metrics_port,
+        platform_metrics=platform_metrics_port,
     )
     for running in services.up(home, services.platform_services(home, settings.dagster_home(), ports)):
         say(f"{running.name:<18} {running.address or 'running'}{services.PAGES.get(running.name, '')}")

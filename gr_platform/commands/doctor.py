@@ -13,7 +13,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from gr_platform import settings
+from gr_platform import databases, settings
 from gr_platform.commands.services import Ports, require_free, running_services
 from gr_platform.errors import UserError
 
@@ -44,6 +44,7 @@ def examine(home: Path) -> list[Check]:
         _memory,
         lambda: _writable("GR_HOME writable", home),
         lambda: _writable("DAGSTER_HOME writable", settings.dagster_home()),
+        _databases,
         _platform_environment,
         _serving_environment,
         _server_binary,
@@ -99,6 +100,16 @@ def _writable(name: str, folder: Path) -> Check:
             name=name, ok=False, found=error.strerror or "no", advice="choose a folder of yours by the variable's name"
         )
     return Check(name=name, ok=True, found="yes")
+
+
+def _databases() -> Check:
+    name = "databases of Dagster and MLflow"
+    try:
+        databases.require()
+    except UserError as error:
+        return Check(name=name, ok=False, found=str(error), advice="or unset the variable: then SQLite does it")
+    named = ", ".join(databases.configured())
+    return Check(name=name, ok=True, found=f"PostgreSQL of {named}" if named else "SQLite in the state folder")
 
 
 def _imports(python: Path, modules: str) -> str:

@@ -11,6 +11,7 @@ import typer
 from gr_platform.errors import UserError
 from gr_platform.events.forget import forget
 from gr_platform.events.landing import active_dataset, load_declaration
+from gr_platform.lifecycle import inbox
 
 
 def report(home: Path, dataset: str | None, user: str, *, sure: bool) -> Iterator[str]:
@@ -25,5 +26,7 @@ def report(home: Path, dataset: str | None, user: str, *, sure: bool) -> Iterato
         yield f"user {user} of {ds}: {done.num_rows:,} rows erased in {', '.join(done.files)}; recorded on {done.date}"
     else:
         yield f"user {user} of {ds} was forgotten on {done.date}; what was made from the events is in order"
+    if originals := inbox.delete_taken(home, ds):
+        yield f"{originals:,} landed file(s) that still lay in the inbox's {inbox.TAKEN}/ deleted"
     yield "models and bundles made before have learned from these events: gr materialize trains them again"
-    yield "the files that were imported are yours: erase the person there too"
+    yield "the files that were imported, wait in the inbox or were refused are yours: erase the person there too"

@@ -4,24 +4,19 @@ Invariant: only light modules are imported, since every command begins here.
 """
 
 import logging
+import secrets
 from pathlib import Path
 
-from gr_platform.errors import UserError
+from gr_platform import run_log
 
 
 def to_file(home: Path) -> None:
-    """Send logs and warnings of all libraries to `home/logs/gr.log`. Raises UserError if that cannot be written."""
-    folder = home / "logs"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(folder / "gr.log", encoding="utf-8")
-    except OSError as error:
-        raise UserError(
-            f"cannot write to the state folder ({error.strerror}); set GR_HOME to a folder of yours"
-        ) from None
-    logging.basicConfig(
-        handlers=[handler], level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s", force=True
-    )
+    """Send logs and warnings of all libraries to `home/logs/gr.log`, with an id of this command.
+
+    Raises UserError if that cannot be written.
+    """
+    run_log.begin_command(secrets.token_hex(4))
+    logging.basicConfig(handlers=[run_log.handler(home)], level=logging.INFO, force=True)
     logging.captureWarnings(True)
     # A log that cannot be written (a full disk) must not bury the one sentence under tracebacks.
     logging.raiseExceptions = False

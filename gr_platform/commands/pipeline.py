@@ -5,11 +5,10 @@ check in one that names it; whatever was current before stays current.
 """
 
 import logging
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from gr_platform import settings, storage
 from gr_platform.errors import UserError
@@ -17,9 +16,7 @@ from gr_platform.models import recipe_files
 
 StageListener = Callable[[Mapping[str, Any]], None]
 
-TRAINED = ("retrieval_model", "ranking_model")
 LOG_FILE = "pipeline.log"
-DEAD_AFTER_S = 60.0
 # Steps write to the terminal itself: Dagster's capture would show a progress bar through `tail`, late and in pieces.
 TO_TERMINAL: Any = {
     "compute_logs": {"module": "dagster._core.storage.noop_compute_log_manager", "class": "NoOpComputeLogManager"}
@@ -41,46 +38,102 @@ def materialize(
     UI opens too. Dagster's own log goes to `home/logs/pipeline.log`. `on_stage` is called as stages start and finish.
     recipe: a name, `auto` or the path of a TOML file. Raises UserError.
     """
-    from gr_platform.events.landing import active_dataset, load_declaration
-
     # Asked before Dagster is loaded: the most common mistakes are answered at once.
     recipe_files.require_known(recipe)
-    ds = dataset or settings.dataset() or active_dataset(home)
-    load_declaration(home, ds)
+    ds = _dataset(home, dataset)
+    from assets import jobs, runs
+    from gr_platform.definitions import defs
 
-    from dagster import AssetKey, DagsterInstance
-
-    from gr_platform.definitions import FULL_PIPELINE, defs
-
-    job = defs.resolve_job_def(FULL_PIPELINE)
-    known = sorted(key.to_user_string() for key in job.asset_layer.selected_asset_keys)
+    graph = defs.resolve_job_def(runs.FULL_PIPELINE).asset_layer
+    known = sorted(key.to_user_string() for key in graph.selected_asset_keys)
     if unknown := [name for name in select if name not in known]:
         raise UserError(f"there is no asset {', '.join(unknown)}; choose among {', '.join(known)}")
-    chosen = list(select) or known
-    (home / "logs").mkdir(parents=True, exist_ok=True)
     if recipe_files.is_file(recipe):
         recipe = str(Path(recipe).absolute())
-    run_config = {
-        "resources": {"platform": {"config": {"home": str(home), "dataset": ds}}},
-        "ops": {name: {"config": {"recipe": recipe}} for name in TRAINED if name in chosen},
-        "loggers": {"file": {"config": {"path": str(home / "logs" / LOG_FILE)}}},
-    }
-    keys = [AssetKey(name) for name in chosen]
+    config = jobs.pipeline_config(recipe, list(select) or known, home=str(home), dataset=ds)
+    tags = {runs.RECIPE: recipe}
+    with storage.exclusive(home, "stages"):
+        return _execute(home, dagster_home, runs.FULL_PIPELINE, config, tags, select or known, on_stage)
+
+
+def retrain(
+    home: Path,
+    dagster_home: Path,
+    *,
+    dataset: str = "",
+    start: Literal["warm", "scratch"] = "warm",
+    reason: str = "by hand",
+    on_stage: StageListener | None = None,
+) -> dict[str, dict[str, Any]]:
+    """Run the job `retraining`, as the schedules do and with the options of `lifecycle.toml`; otherwise as above."""
+    from gr_platform.lifecycle import options
+
+    chosen, ds = options.read(home), _dataset(home, dataset)
+    recipe_files.require_known(chosen.retraining.recipe)
+    from assets import jobs, runs
+
+    config = jobs.retraining_config(chosen, start, home=str(home), dataset=ds)
+    tags = jobs.retraining_tags(chosen, start, reason)
+    with storage.exclusive(home, "stages"):
+        return _execute(home, dagster_home, runs.RETRAINING, config, tags, (), on_stage)
+
+
+def land(
+    home: Path, dagster_home: Path, first: str, last: str, *, dataset: str = "", on_stage: StageListener | None = None
+) -> dict[str, dict[str, Any]]:
+    """Run the job `landing_day` over the days from `first` to `last` (YYYY-MM-DD), all in one run.
+
+    `dataset` empty means every one that has an inbox. Raises UserError if a day is no partition.
+    """
+    from assets import inbox, runs
+    from assets.sensors import RANGE_END, RANGE_START
+
+    for day in (first, last):
+        if not inbox.partitions.has_partition_key(day):
+            known = f"{inbox.partitions.get_first_partition_key()} to {inbox.partitions.get_last_partition_key()}"
+            raise UserError(f"{day} is no day that files can belong to ({known}); write YYYY-MM-DD")
+    if first > last:
+        raise UserError(f"the days from {first} to {last} are none; name the earlier one first")
+    place = {"home": str(home)} | ({"dataset": dataset} if dataset else {})
+    config = {"resources": {"state_folder": {"config": place}}}
+    return _execute(home, dagster_home, runs.LANDING_DAY, config, {RANGE_START: first, RANGE_END: last}, (), on_stage)
+
+
+def _dataset(home: Path, named: str) -> str:
+    from gr_platform.events.landing import active_dataset, load_declaration
+
+    ds = named or settings.dataset() or active_dataset(home)
+    load_declaration(home, ds)
+    return ds
+
+
+def _execute(
+    home: Path,
+    dagster_home: Path,
+    job: str,
+    config: dict[str, Any],
+    tags: Mapping[str, str],
+    select: Sequence[str],
+    on_stage: StageListener | None,
+) -> dict[str, dict[str, Any]]:
+    """Run a job in this process, on the instance of the UI."""
+    from dagster import AssetKey, DagsterInstance
+
+    from assets import runs
+    from gr_platform.definitions import defs
+
+    (home / "logs").mkdir(parents=True, exist_ok=True)
+    run_config = config | {"loggers": {"file": {"config": {"path": str(home / "logs" / LOG_FILE)}}}}
     opened = DagsterInstance.local_temp(str(dagster_home), overrides=TO_TERMINAL)
-    with storage.exclusive(home, "stages"), opened as instance, _listening(on_stage) as finished:
-        _close_dead_runs(instance)
-        job.execute_in_process(run_config=run_config, instance=instance, asset_selection=keys)
+    with opened as instance, _listening(on_stage) as finished:
+        runs.close_dead(instance)
+        defs.resolve_job_def(job).execute_in_process(
+            run_config=run_config,
+            instance=instance,
+            asset_selection=[AssetKey(name) for name in select] or None,
+            tags=dict(tags),
+        )
     return finished
-
-
-def _close_dead_runs(instance: Any) -> None:
-    """Mark runs as failed whose process was killed: they hold the state folder no more, or we would not."""
-    from dagster import DagsterRunStatus, RunsFilter
-
-    for record in instance.get_run_records(RunsFilter(statuses=[DagsterRunStatus.STARTED])):
-        # A run of the UI that began this very moment has not asked for the folder yet.
-        if time.time() - record.create_timestamp.timestamp() > DEAD_AFTER_S:
-            instance.report_run_failed(record.dagster_run, "the process of this run was ended from outside")
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""The long-running programs beside the platform: Dagster's UI and daemon, MLflow's UI, the model server.
+"""The long-running programs beside the platform: Dagster's UI and daemon, MLflow's UI, metrics, the model server.
 
 Invariant: `home/services.json` names exactly what `up` started (pid and creation time, so a reused pid is never taken
 for ours); `down` stops those process trees and nothing else.
@@ -21,6 +21,7 @@ import psutil
 
 from gr_platform import processes, settings, storage
 from gr_platform.errors import UserError
+from gr_platform.registry import tracking
 from serving.handle import ServerHandle, attach
 
 log = logging.getLogger(__name__)
@@ -28,6 +29,7 @@ log = logging.getLogger(__name__)
 HOST = "127.0.0.1"
 RECORD = "services.json"
 MODEL_SERVER = "model-server"
+PLATFORM_METRICS = "platform-metrics"
 # The pages of the two UIs that a person wants first; their roots open on empty ones.
 PAGES = {"dagster-webserver": "/asset-groups", "mlflow": "/#/experiments?workflowType=machine_learning"}
 READY_S = 120.0
@@ -44,6 +46,7 @@ class Ports:
     http: int = 8000
     grpc: int = 8001
     metrics: int = 8002
+    platform_metrics: int = 8003
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,22 +98,37 @@ def platform_services(home: Path, dagster_home: Path, ports: Ports) -> list[Serv
             name="mlflow",
             command=(
                 *(sys.executable, "-m", "mlflow", "server", "--host", HOST, "--port", str(ports.mlflow)),
-                *("--workers", "1", "--backend-store-uri", f"sqlite:///{home / 'mlflow.db'}"),
-                *("--artifacts-destination", str(home / "mlartifacts")),
+                *("--workers", "1", "--artifacts-destination", str(home / "mlartifacts")),
             ),
             ports=(ports.mlflow,),
             address=ui,
             ready_url=f"{ui}/health",
-            environment={"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false", "MLFLOW_DISABLE_TELEMETRY": "true"},
+            # The address by environment: it may hold a password, and commands are for all to see.
+            environment={
+                "MLFLOW_BACKEND_STORE_URI": tracking.tracking_uri(home),
+                "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+                "MLFLOW_DISABLE_TELEMETRY": "true",
+            },
         ),
     ]
     serve = has_models(home) and foreign_server(home) is None
-    return [*services, _model_server(ports)] if serve else services
+    return [*services, _platform_metrics(ports), *([_model_server(ports)] if serve else [])]
 
 
 def has_models(home: Path) -> bool:
     """Return whether a pair is deployed that a model server can load."""
     return any((home / "model_repository").glob("*/config.pbtxt"))
+
+
+def _platform_metrics(ports: Ports) -> Service:
+    address = f"http://{HOST}:{ports.platform_metrics}/metrics"
+    return Service(
+        name=PLATFORM_METRICS,
+        command=(sys.executable, "-m", "gr_platform.cli", "metrics", "--port", str(ports.platform_metrics)),
+        ports=(ports.platform_metrics,),
+        address=address,
+        ready_url=address,
+    )
 
 
 def _model_server(ports: Ports) -> Service:

@@ -12,6 +12,7 @@ from gr_platform import storage
 from gr_platform.commands import services
 from gr_platform.commands.messages import pasteable, spelt_out
 from gr_platform.errors import UserError
+from gr_platform.lifecycle import migration
 
 if TYPE_CHECKING:
     from serving.health import Health
@@ -21,6 +22,8 @@ def report(home: Path) -> Iterator[str]:
     """Yield the lines of `gr status`."""
     from gr_platform.events.landing import active_dataset
 
+    if (home / "landing").is_dir() and migration.layout(home) < migration.LAYOUT:
+        yield "made by an earlier release: gr migrate brings the state folder up to date"
     try:
         active = active_dataset(home)
     except UserError as error:
@@ -76,10 +79,14 @@ def _ago(seconds: float) -> str:
 
 
 def _versions(home: Path, ds: str) -> Iterator[str]:
-    if not (home / "mlflow.db").exists():
-        return
-    from gr_platform.registry import promotion, versions
+    from gr_platform.registry import promotion, tracking, versions
 
+    try:
+        if not tracking.exists(home):
+            return
+    except UserError as error:
+        yield f"  {error}"
+        return
     for kind in versions.KINDS:
         for version in versions.versions(home, ds, kind):
             if version.aliases:
@@ -101,6 +108,18 @@ def _running(home: Path) -> Iterator[str]:
     for service in services.running_services(home):
         if service.name != services.MODEL_SERVER:
             yield f"{service.name}  {service.address or 'running'}"
+    yield from _alerts(home)
+
+
+def _alerts(home: Path) -> Iterator[str]:
+    """Yield how many alerts the last day had, and the last of them."""
+    from gr_platform.lifecycle import alerts
+
+    since_ms = (time.time() - 86_400) * 1000
+    recent = [each for each in alerts.read(home) if each.at_ms >= since_ms and each.kind != alerts.HOOK]
+    if recent:
+        ago = _ago(time.time() - recent[-1].at_ms / 1000)
+        yield f"alerts  {len(recent)} in the last day, last {ago} ago: {recent[-1].subject}; gr alerts shows them"
 
 
 def _health(home: Path, *, is_running: bool) -> Iterator[str]:

@@ -85,7 +85,7 @@ def evaluate_run(home: Path, ds: str, folder: Path, split: TimeSplit | None = No
     torch.set_num_threads(settings.num_threads())
     runs = home / "runs" / ds
     spec = evaluation_spec(home, ds, folder, split)
-    cuts = TimeSplit.from_json(spec.get("split"))
+    cuts = split or split_of(folder)
 
     def build(into: Path) -> dict[str, Any]:
         model = load_model(folder).to(settings.device())
@@ -183,7 +183,8 @@ def trained_until(dataset: SequenceDataset, folder: Path) -> int:
 
 
 def _split_spec(split: TimeSplit | None) -> dict[str, Any]:
-    return {} if split is None else {"split": split.to_json()}
+    # Where the epochs were chosen makes no difference to what is judged.
+    return {} if split is None else {"split": {"cut": split.cut, "end": split.end}}
 
 
 def _holdout(dataset: SequenceDataset, split: TimeSplit | None, *, refit: bool) -> Holdout:

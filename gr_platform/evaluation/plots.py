@@ -235,6 +235,30 @@ def _span(row: Mapping[str, Any]) -> str:
     return f"{named}{_short(row['lower'])}\nto {_short(row['upper'])}"
 
 
+def shares(rows: Sequence[Sequence[Any]], sides: tuple[str, str]) -> bytes:
+    """Return two shares of each name beside each other, from the top down, as PNG bytes.
+
+    rows: (name, share of the first side, share of the second).
+    """
+
+    def draw(axes: list["Axes"]) -> None:
+        places = np.arange(len(rows))
+        for at, side in enumerate(sides, start=1):
+            axes[0].barh(places + 0.4 * (at - 1), [row[at] for row in rows], 0.4, label=side)
+        axes[0].set_yticks(places + 0.2, [_clipped(str(row[0])) for row in rows], fontsize=7)
+        axes[0].invert_yaxis()
+        axes[0].xaxis.set_major_formatter("{x:.1%}")
+        axes[0].tick_params(axis="x", labelsize=7)
+        axes[0].legend(fontsize=7)
+
+    return _png(draw, panels=1, panel_width=4.8)
+
+
+def _clipped(name: str) -> str:
+    # A $ would begin a formula.
+    return (name if len(name) <= 24 else f"{name[:23]}…").replace("$", r"\$")
+
+
 def _short(value: float) -> str:
     return f"{value:,.0f}" if value >= 10 or value == int(value) else f"{value:.2g}"
 

@@ -55,7 +55,8 @@ GROUP BY number HAVING count(DISTINCT served) > 1 AND count(DISTINCT shadow) > 1
 """
 _OUTCOMES = """
 CREATE TABLE outcomes AS
-SELECT request_id, served_ts, request_ts, retriever_digest, ranker_digest, shadow_digest, len(items) AS num_items,
+SELECT request_id, served_ts, request_ts, retriever_digest, ranker_digest,
+    CASE WHEN shadow_scores IS NOT NULL THEN shadow_digest END AS shadow_digest, len(items) AS num_items,
     latency_ms, user_hash IS NOT NULL AS has_user,
     user_hash IS NOT NULL AND request_ts + {window} <= {last} AS is_judged,
     position, hit_ts, agreement
@@ -117,7 +118,7 @@ def _build(built: Path, home: Path, ds: str, events: CleanEvents, parts: list[Pa
     readable = [part for part in parts if _item_type(part) == item_type]
     positives = ", ".join(map(literal, events.declaration.positives))
     with events.connect(none=_nothing(item_type)) as connection:
-        source = parquet_of(readable) if readable else "none"
+        source = parquet_of(readable, by_name=True) if readable else "none"
         connection.execute(f"CREATE TABLE log AS SELECT row_number() OVER () AS number, * FROM {source}")
         last = _value(connection, "SELECT max(event_ts) FROM events") or 0
         first, end = connection.sql("SELECT min(request_ts), max(request_ts) FROM log").fetchall()[0]

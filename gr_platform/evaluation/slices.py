@@ -29,21 +29,28 @@ def slice_table(table: pa.Table, counts: np.ndarray) -> pa.Table:
     (targets), hr_at_10, ndcg_at_10 and their standard errors `<figure>_error` (None for a single target). Bins without
     a target are left out.
     """
-    known, age, items = (table[name].to_numpy() for name in ("known", "age_days", "item"))
     values = {figure: gains(table["rank"].to_numpy(), figure) for figure in FIGURES}
-    by_age, by_length, by_popularity = _quantile_bins(age), _quantile_bins(known), popularity_bins(counts)[items]
-    names = [f"{number + 1} of {NUM_BINS}" for number in range(NUM_BINS)]
     rows = []
-    for slice_name, of, bins, labels in (
-        ("history_length", known, by_length, names),
-        ("item_popularity", counts[items], by_popularity, list(SHARES)),
-        ("user_age", age, by_age, names),
-    ):
+    for slice_name, labels, bins, of in slice_bins(table, counts):
         for place in np.unique(bins):
             inside = bins == place
             row = {"slice": slice_name, "bin": labels[place], "lower": of[inside].min(), "upper": of[inside].max()}
             rows.append(row | {"num_users": int(inside.sum())} | _figures(values, inside))
     return pa.Table.from_pylist(rows, schema=SCHEMA)
+
+
+def slice_bins(table: pa.Table, counts: np.ndarray) -> list[tuple[str, list[str], np.ndarray, np.ndarray]]:
+    """Return of each of SLICES the labels of its bins, the bin of each target, int64 [T], and its value in the units.
+
+    table and counts: as of `slice_table`.
+    """
+    known, age, items = (table[name].to_numpy() for name in ("known", "age_days", "item"))
+    names = [f"{number + 1} of {NUM_BINS}" for number in range(NUM_BINS)]
+    return [
+        ("history_length", names, _quantile_bins(known), known),
+        ("item_popularity", list(SHARES), popularity_bins(counts)[items], counts[items]),
+        ("user_age", names, _quantile_bins(age), age),
+    ]
 
 
 def popularity_bins(counts: np.ndarray) -> np.ndarray:

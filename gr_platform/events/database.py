@@ -64,6 +64,7 @@ def literal(text: str) -> str:
     return "'" + text.replace("'", "''") + "'"
 
 
-def parquet_of(files: Iterable[Path]) -> str:
-    """Return SQL that reads Parquet files, one after the other."""
-    return f"read_parquet([{', '.join(literal(str(file)) for file in files)}], hive_partitioning=false)"
+def parquet_of(files: Iterable[Path], *, by_name: bool = False) -> str:
+    """Return SQL that reads Parquet files, one after the other; by_name: a column that a file lacks is NULL there."""
+    named = ", union_by_name=true" if by_name else ""
+    return f"read_parquet([{', '.join(literal(str(file)) for file in files)}], hive_partitioning=false{named})"

@@ -50,16 +50,29 @@ class Verdict:
     not_judged: str = ""
 
 
-def psi(expected: Mapping[str, int], found: Mapping[str, int]) -> float:
+def psi(expected: Mapping[Any, float], found: Mapping[Any, float]) -> float:
     """Return the population stability index of two counts by category: 0 for the same mix, above 0.25 another one.
 
-    sum((p - q) ln(p / q)) over the shares; half a count is added to each category, so that an empty one stays finite.
+    sum((p - q) ln(p / q)) over the shares. Each side gets half a count a category, laid out as the mean of both mixes,
+    so that an empty category stays finite and equal mixes give 0 whatever their sizes. 0 too if one side has no counts.
+    Of two samples of one mix it is about (categories - 1) (1 / events + 1 / events) by chance alone.
     Source: Siddiqi, Credit Risk Scorecards (2006); the sum is the divergence of Jeffreys (1946).
     """
-    names = sorted({*expected, *found})
-    totals = [sum(counts.values()) + 0.5 * len(names) for counts in (expected, found)]
-    shares = [((expected.get(n, 0) + 0.5) / totals[0], (found.get(n, 0) + 0.5) / totals[1]) for n in names]
-    return sum((p - q) * math.log(p / q) for q, p in shares)
+    totals = [sum(counts.values()) for counts in (expected, found)]
+    if not all(totals):
+        return 0.0
+    names = {**expected, **found}
+    mixes = [
+        [counts.get(name, 0) / total for name in names] for counts, total in zip((expected, found), totals, strict=True)
+    ]
+    prior = 0.5 * len(names)
+    drift = 0.0
+    for q, p in zip(*mixes, strict=True):
+        smoothed = [
+            (share * total + prior * (q + p) / 2) / (total + prior) for share, total in zip((q, p), totals, strict=True)
+        ]
+        drift += (smoothed[1] - smoothed[0]) * math.log(smoothed[1] / smoothed[0]) if q + p else 0.0
+    return drift
 
 
 def schema(log: Log, at: int) -> Verdict:

@@ -48,8 +48,8 @@ IMPORT_WAIT_S = 600.0
 _STAGING = ".landing-"
 
 
-def import_file(source: Path | str, *, home: Path, **named: Any) -> LandedFile:
-    """Return the landed copy of a log, made the active data set; `named` are the fields of `Wanted`.
+def import_file(source: Path | str, *, home: Path, activate: bool = True, **named: Any) -> LandedFile:
+    """Return the landed copy of a log; `named` are the fields of `Wanted`. activate: make its data set the active one.
 
     A file imported again, under any name, lands once; with another meaning it replaces what it was.
     Raises UserError for anything the user can mend; the landing folder is unchanged then.
@@ -62,10 +62,11 @@ def import_file(source: Path | str, *, home: Path, **named: Any) -> LandedFile:
         with tempfile.TemporaryDirectory(dir=home, prefix=_STAGING) as staging:
             arrival = receive(job.source, Path(staging))
             if same := _landed_before(job, arrival):
-                storage.write_text(home / "landing" / "active", job.name + "\n")
+                if activate:
+                    storage.write_text(home / "landing" / "active", job.name + "\n")
                 return same
             landed, texts = _understand(connection, job, arrival, Path(staging))
-            publish(home, job.folder, landed.path, landed.entry, landed.declaration, texts)
+            publish(home, job.folder, landed.path, landed.entry, landed.declaration, texts, activate=activate)
         log.info("landed dataset=%s file=%s rows=%d", job.name, job.source.path.name, landed.num_rows)
         return landed_file(job.folder, landed.entry, landed.declaration, reused=False)
 

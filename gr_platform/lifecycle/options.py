@@ -63,7 +63,7 @@ class Gates:
     max_latency_ratio: float = 1.5
     max_memory_ratio: float = 1.5
     min_catalogue_ratio: float = 0.5
-    max_score_drift: float = 0.5
+    max_score_drift: float = 1.0
     max_item_share: float = 0.3
 
     def __post_init__(self) -> None:
@@ -101,13 +101,14 @@ class Drift:
     """From where on data or the served model count as drifted; then the check warns and a retraining is asked for.
 
     reference_days: what the newest day is held against. max_item_drift, max_action_drift, max_score_drift: population
-    stability index. max_item_share: of a day's events on one item. max_hit_rate_loss: relative, of the online hit rate
-    against the one that the served model was judged with. max_model_age_days: since the newest event it was trained on,
-    by the log's clock. min_events: of a day, to say anything of it. retrain: whether a crossed bound starts one.
+    stability index. max_item_share: of a day's events on one item; beyond it the day is an alarm, and nothing is asked
+    for. max_hit_rate_loss: relative, of the served models' online hit rate by their offline one against the models
+    before. max_model_age_days: since the newest event they were trained on, by the log's clock. min_events: of a day,
+    and requests, to say anything of them. retrain: whether a crossed bound starts one.
     """
 
     reference_days: int = 7
-    max_item_drift: float = 0.5
+    max_item_drift: float = 0.25
     max_action_drift: float = 0.1
     max_score_drift: float = 0.5
     max_item_share: float = 0.3
@@ -118,7 +119,10 @@ class Drift:
 
     def __post_init__(self) -> None:
         _at_least("drift.reference_days", self.reference_days, 1)
+        _at_least("drift.min_events", self.min_events, 1)
         _within("drift.max_item_share", self.max_item_share, 0.0, 1.0)
+        for name in ("item_drift", "action_drift", "score_drift", "hit_rate_loss", "model_age_days"):
+            _at_least(f"drift.max_{name}", getattr(self, f"max_{name}"), 0)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

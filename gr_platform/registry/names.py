@@ -67,7 +67,7 @@ def _is_called(folder: Path, run: str) -> bool:
 
 def _digests_named(home: Path, name: str) -> set[str]:
     """Return the digests of the models that MLflow has runs of this name for."""
-    if "'" in name or not (home / "mlflow.db").is_file():
+    if "'" in name or not tracking.exists(home):
         return set()
     client = tracking.connect(home)
     experiments = [str(each.experiment_id) for each in client.search_experiments()]

@@ -3,42 +3,40 @@
 Invariant: one finished run per model digest; logging a model again returns the run there is.
 """
 
+import functools
 import json
 import logging
 import os
-import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from gr_platform import provenance, storage
+from gr_platform import databases, settings, storage
 from gr_platform.errors import UserError
 from gr_platform.evaluation import plots
 from gr_platform.models.config import Recipe
+from gr_platform.registry import lineage
+from gr_platform.registry.figures import figures_png, log_pictures
+from gr_platform.registry.figures import run_metrics as run_metrics
+from gr_platform.registry.lineage import SEQUENCES_DIGEST as SEQUENCES_DIGEST
 
 if TYPE_CHECKING:
     from mlflow import MlflowClient
     from mlflow.entities import Metric, Run
 
+T = TypeVar("T")
 log = logging.getLogger(__name__)
 
+DATABASE = "mlflow.db"
 RUN_DIGEST = "gr.run_digest"
 EVALUATION_DIGEST = "gr.evaluation_digest"
-SEQUENCES_DIGEST = "gr.sequences_digest"
-# Prefix of a metric's name -> the part of an evaluation's facts that it comes from.
-RETRIEVAL_FIGURES = {
-    "test": "retrieval",
-    "chunk_1": "retrieval_chunk_1",
-    "popularity": "popularity",
-    "cooccurrence": "cooccurrence",
-}
+PARENT = "mlflow.parentRunId"
 # What a curve has beside the loss and the figures on validation: its sums are among COSTS.
 SUMS = ("epoch", "phase", "tokens", "num_targets", "train_flops")
 WAIT_S = 600.0
 COSTS = ("num_parameters", "seconds", "tokens_per_s", "train_flops", "pflops_days", "flops_utilisation")
-COMPARED = {"retrieval": "model", "cooccurrence": "co-occurrence", "popularity": "popularity"}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,12 +52,23 @@ class TrackedRun:
 
 
 def tracking_uri(home: Path) -> str:
-    """Return the SQLite address of the registry of a state folder."""
-    return f"sqlite:///{home / 'mlflow.db'}"
+    """Return the address of the registry of a state folder: `GR_MLFLOW_DB`, or SQLite in there. It may be secret."""
+    return settings.mlflow_db() or f"sqlite:///{home / DATABASE}"
+
+
+def exists(home: Path) -> bool:
+    """Return whether there is a registry, without making one. Raises UserError if its PostgreSQL does not answer."""
+    address = settings.mlflow_db()
+    return databases.has_table(address, "registered_models") if address else (home / DATABASE).is_file()
 
 
 def connect(home: Path) -> "MlflowClient":
-    """Return a client of the registry under `home`, creating its store on first use, with telemetry off."""
+    """Return a client of the registry of a state folder, creating its store on first use, with telemetry off.
+
+    Raises UserError if its PostgreSQL does not answer.
+    """
+    if address := settings.mlflow_db():
+        databases.require_answer(settings.MLFLOW_DB, address)
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"
     os.environ["MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR"] = "false"
@@ -69,7 +78,18 @@ def connect(home: Path) -> "MlflowClient":
     logging.getLogger("mlflow.store.db.utils").setLevel(logging.WARNING)
     home.mkdir(parents=True, exist_ok=True)
     mlflow.set_tracking_uri(tracking_uri(home))
+    if address:
+        _make_tables(address)
     return mlflow.MlflowClient()
+
+
+@functools.cache
+def _make_tables(address: str) -> None:
+    """Let MLflow make or find its tables in PostgreSQL, once a process: two that make them at once break each other."""
+    import mlflow
+
+    with databases.alone(address):
+        mlflow.MlflowClient(tracking_uri=address)
 
 
 def experiment_id(client: "MlflowClient", home: Path, ds: str) -> str:
@@ -80,53 +100,29 @@ def experiment_id(client: "MlflowClient", home: Path, ds: str) -> str:
     return str(client.create_experiment(ds, artifact_location=(home / "mlartifacts" / ds).as_uri()))
 
 
-def run_metrics(kind: str, evaluation: Mapping[str, Any]) -> dict[str, float]:
-    """Return the figures of one kind as MLflow names: `test_hr_at_10`, `popularity_hr_at_10`, `test_like_auc`.
-
-    {} where the evaluation is not of that kind.
-    """
-    if kind == "retrieval":
-        named = {
-            f"{prefix}_{name}": value
-            for prefix, part in RETRIEVAL_FIGURES.items()
-            for name, value in evaluation.get(part, {}).items()
-        }
-    else:
-        tasks = evaluation.get("ranking", {})
-        named = {f"test_{task}_{k}": v for task, figures in tasks.items() for k, v in figures.items()}
-        entropies = [figures["ne"] for figures in tasks.values() if figures.get("ne") is not None]
-        if entropies:
-            named["test_mean_ne"] = sum(entropies) / len(entropies)
-    return {
-        name: float(v)
-        for name, v in named.items()
-        if isinstance(v, int | float) and not isinstance(v, bool) and (name.startswith("test_") or "_num_" not in name)
-    }
-
-
-def figures_png(kind: str, evaluation: Mapping[str, Any]) -> dict[str, bytes]:
-    """Return name -> small PNG of an evaluation of one kind: against baselines, by slice; task by task, calibration."""
-    if kind == "ranking":
-        bars = plots.metric_bars(evaluation["ranking"], ["ne", "auc"])
-        return {"figures": bars, "calibration": plots.calibration(evaluation["ranking_calibration"])}
-    models = {label: evaluation[part] for part, label in COMPARED.items()}
-    bars = plots.metric_bars(models, ["hr_at_10", "ndcg_at_10", "mrr"])
-    return {"figures": bars, "slices": plots.slices(evaluation["slices"])}
-
-
-def log_current(home: Path, ds: str, kind: str) -> TrackedRun:
+def log_current(home: Path, ds: str, kind: str, *, parent: str | None = None) -> TrackedRun:
     """Log the data set's current model of `kind` with its current evaluation and return the run.
+
+    parent: as `log_run` takes it.
 
     Raises UserError if the evaluation belongs to another model than the current one.
     """
     folder = storage.current(home / "runs" / ds, f"{kind}_model")
-    return log_run(home, ds, folder, _evaluation_of(home, ds, folder).facts)
+    return log_run(home, ds, folder, _evaluation_of(home, ds, folder).facts, parent=parent)
 
 
-def log_run(home: Path, ds: str, folder: Path, evaluation: Mapping[str, Any] | None = None) -> TrackedRun:
+def log_run(
+    home: Path,
+    ds: str,
+    folder: Path,
+    evaluation: Mapping[str, Any] | None = None,
+    *,
+    parent: str | None = None,
+) -> TrackedRun:
     """Log the trained model in a run folder, with the facts of its evaluation where it has one; return the run.
 
-    A model that has a run gets no second one; only figures that the run has not are added to it.
+    A model that has a run gets no second one; only figures that the run has not are added to it. parent: the run that
+    it is shown under (`retrainings.open_retraining`), unless it has a parent already.
     """
     model = storage.read_manifest(folder)
     kind = model.kind.removesuffix("_model")
@@ -136,30 +132,48 @@ def log_run(home: Path, ds: str, folder: Path, evaluation: Mapping[str, Any] | N
         known = find_run(client, experiment, model.digest)
         tracked = TrackedRun(
             kind=kind,
-            run_id=known.info.run_id if known else _create_run(client, experiment, ds, folder, model),
+            run_id=known.info.run_id if known else _create_run(client, home, experiment, ds, folder, model),
             name=known.info.run_name if known else run_name(folder, model),
             folder=folder,
             run_digest=model.digest,
             reused=known is not None,
         )
-        if evaluation is not None:
-            _log_evaluation(client, tracked.run_id, kind, evaluation)
-    log.info("event=run_logged dataset=%s kind=%s run=%s reused=%s", ds, kind, tracked.run_id, tracked.reused)
+        if parent is not None and PARENT not in (known.data.tags if known else {}):
+            client.set_tag(tracked.run_id, PARENT, parent)
+        if evaluation is not None and _log_evaluation(client, tracked.run_id, kind, evaluation):
+            client.log_inputs(tracked.run_id, [lineage.evaluation_input(home, ds, model, evaluation, kind)])
+    log.info("event=run_logged dataset=%s kind=%s mlflow_run=%s reused=%s", ds, kind, tracked.run_id, tracked.reused)
     return tracked
 
 
-def try_log_run(home: Path, ds: str, folder: Path, evaluation: Mapping[str, Any] | None = None) -> str | None:
+def try_log_run(
+    home: Path,
+    ds: str,
+    folder: Path,
+    evaluation: Mapping[str, Any] | None = None,
+    *,
+    parent: str | None = None,
+) -> str | None:
     """Log as `log_run` does; return the run's name, or None where MLflow could not be written: the log says why.
 
     For callers whose result is on disk by then, whatever MLflow does.
     """
+
+    def logged() -> str:
+        return log_run(home, ds, folder, evaluation, parent=parent).name
+
+    return attempt(f"run_not_logged dataset={ds} folder={folder.name}", logged)
+
+
+def attempt(event: str, act: Callable[[], T]) -> T | None:
+    """Return what `act` returns, or None where MLflow could not be read or written: the log says `event` and why."""
     from mlflow.exceptions import MlflowException
     from sqlalchemy.exc import SQLAlchemyError
 
     try:
-        return log_run(home, ds, folder, evaluation).name
+        return act()
     except (MlflowException, SQLAlchemyError, OSError, UserError):
-        log.exception("event=run_not_logged dataset=%s folder=%s", ds, folder.name)
+        log.exception("event=%s", event)
         return None
 
 
@@ -186,27 +200,20 @@ def _evaluation_of(home: Path, ds: str, folder: Path) -> storage.Manifest:
     return evaluation
 
 
-def sequences_digest(model: storage.Manifest) -> str:
-    """Return the digest of the sequences a model was trained on, as its run's manifest states it."""
-    return str(model.spec.get("sequences", ""))
-
-
-def _create_run(client: "MlflowClient", experiment: str, ds: str, folder: Path, model: storage.Manifest) -> str:
-    from mlflow.entities import Dataset, DatasetInput, InputTag, Param
+def _create_run(
+    client: "MlflowClient", home: Path, experiment: str, ds: str, folder: Path, model: storage.Manifest
+) -> str:
+    from mlflow.entities import Param
 
     recipe = _recipe_of(folder)
-    kind, sequences = recipe.model.kind, sequences_digest(model)
-    tags = {"gr.dataset": ds, "gr.kind": kind, "gr.recipe": recipe.name, SEQUENCES_DIGEST: sequences}
-    if commit := provenance.git_commit():
-        tags["mlflow.source.git.commit"] = commit
+    tags = lineage.tags_of(ds, recipe.model.kind, recipe.name, model)
     run = client.create_run(experiment, run_name=run_name(folder, model), tags=tags)
     run_id = str(run.info.run_id)
     try:
         params = [Param(name, str(value)) for name, value in flatten(recipe.to_json()).items()]
         client.log_batch(run_id, metrics=[*_curve_metrics(folder), *_cost_metrics(model)], params=params)
-        source = Dataset(name=ds, digest=sequences[:36], source_type="local", source=f'{{"sequences": "{sequences}"}}')
-        client.log_inputs(run_id, [DatasetInput(source, [InputTag("mlflow.data.context", "training")])])
-        _log_pictures(client, run_id, {"learning_curve": plots.learning_curve(_curves(folder))})
+        client.log_inputs(run_id, [lineage.training_input(home, ds, model)])
+        log_pictures(client, run_id, {"learning_curve": plots.learning_curve(_curves(folder))})
         # The digest goes last: a run that broke half-way is never taken for the model's run.
         client.set_tag(run_id, RUN_DIGEST, model.digest)
     except BaseException:
@@ -216,19 +223,21 @@ def _create_run(client: "MlflowClient", experiment: str, ds: str, folder: Path, 
     return run_id
 
 
-def _log_evaluation(client: "MlflowClient", run_id: str, kind: str, evaluation: Mapping[str, Any]) -> None:
+def _log_evaluation(client: "MlflowClient", run_id: str, kind: str, evaluation: Mapping[str, Any]) -> bool:
+    """Add figures to a run unless it has them; return whether it had not."""
     from mlflow.entities import Metric
 
     final = run_metrics(kind, evaluation)
     # Of the figures, not of the files: judged alone or together with the other kind, a model has the same ones.
     digest = storage.digest_of(final)
     if client.get_run(run_id).data.tags.get(EVALUATION_DIGEST) == digest:
-        return
+        return False
     now = int(time.time() * 1000)
     client.log_batch(run_id, metrics=[Metric(name, value, now, 0) for name, value in final.items()])
-    _log_pictures(client, run_id, figures_png(kind, evaluation))
+    log_pictures(client, run_id, figures_png(kind, evaluation))
     client.log_dict(run_id, dict(evaluation), "evaluation.json")
     client.set_tag(run_id, EVALUATION_DIGEST, digest)
+    return True
 
 
 def _recipe_of(folder: Path) -> Recipe:
@@ -264,13 +273,6 @@ def _cost_metrics(model: storage.Manifest) -> "list[Metric]":
 
     now = int(time.time() * 1000)
     return [Metric(name, float(model.facts[name]), now, 0) for name in COSTS if model.facts.get(name) is not None]
-
-
-def _log_pictures(client: "MlflowClient", run_id: str, pictures: Mapping[str, bytes]) -> None:
-    with tempfile.TemporaryDirectory() as drawn:
-        for name, png in pictures.items():
-            (Path(drawn) / f"{name}.png").write_bytes(png)
-        client.log_artifacts(run_id, drawn, "plots")
 
 
 def flatten(fields: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:

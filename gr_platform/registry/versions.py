@@ -73,6 +73,11 @@ def by_alias(home: Path, ds: str, kind: str, alias: str) -> Version | None:
     return _version(client, name, held[alias]) if alias in held else None
 
 
+def numbered(home: Path, name: str, number: str) -> Version:
+    """Return a registered model's version of that number."""
+    return _version(tracking.connect(home), name, number)
+
+
 def versions(home: Path, ds: str, kind: str) -> list[Version]:
     """Return all registered versions of a kind, newest first."""
     client, name = tracking.connect(home), model_name(ds, kind)

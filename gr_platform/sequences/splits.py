@@ -2,7 +2,8 @@
 
 Invariant: what is known at a target is a beginning of its user's sequence that ends before the target. Leave-one-out:
 every exposure before it in the total order, even where times are equal. By time: every exposure strictly before the
-cut, so nothing that was logged at the cut or later is known to a model or to a baseline.
+cut, so nothing that was logged at the cut or later is known to a model or to a baseline; or, as a server knows it that
+goes on while the model stays, every exposure strictly before the target's own time.
 
 Legend: U users, T targets, n a user's exposures.
 """
@@ -46,13 +47,15 @@ class Targets:
 class Holdout:
     """ends: how many exposures of each user are trained on, int64 [U]; targets: what is held out, ascending by row.
 
-    window: [cut, end) in ms UTC where the split is by time, None for leave-one-out.
+    window: [cut, end) in ms UTC where the split is by time, None for leave-one-out. online: whether histories go on in
+    the window, up to each target.
     """
 
     name: str
     ends: np.ndarray
     targets: Targets
     window: tuple[int, int] | None = None
+    online: bool = False
 
 
 def train_ends(lengths: np.ndarray, *, refit: bool = False) -> np.ndarray:
@@ -101,12 +104,17 @@ def is_refit(dataset: "SequenceDataset", trained: np.ndarray) -> bool:
 
 
 def by_time(
-    dataset: "SequenceDataset", cut: int, end: int | None = None, *, targets: Literal["first", "all"] = "first"
+    dataset: "SequenceDataset",
+    cut: int,
+    end: int | None = None,
+    *,
+    targets: Literal["first", "all", "online"] = "first",
 ) -> Holdout:
     """Return the holdout of a window [cut, end) in ms UTC; without `end` it reaches past the newest exposure.
 
     Trained on and known: the exposures strictly before the cut. Targets: each user's first exposure in the window, or
-    all of them, every one asked with what was known at the cut. A user without history has targets too.
+    all of them, every one asked with what was known at the cut; "online": all of them, each asked with what is strictly
+    older than itself. A user without history has targets too.
     Raises ValueError unless cut < end.
     """
     end = max(newest_time(dataset), cut) + 1 if end is None else end
@@ -120,8 +128,14 @@ def by_time(
         held = np.minimum(held, 1)
     rows = np.repeat(np.arange(dataset.num_users), held)
     place = np.arange(len(rows)) - np.repeat(np.cumsum(held) - held, held)
-    asked = Targets(rows=rows, positions=before[rows] + place, known=before[rows])
-    return Holdout(name="window", ends=before, targets=asked, window=(cut, end))
+    positions, known = before[rows] + place, before[rows]
+    if targets == "online":
+        times = dataset.at(rows, positions).times
+        # Where the run of targets of one user and one time begins: its first one and those after it know as much.
+        same = np.concatenate([[False], (rows[1:] == rows[:-1]) & (times[1:] == times[:-1])]) if len(rows) else rows
+        known = positions - (np.arange(len(rows)) - np.maximum.accumulate(np.where(same, 0, np.arange(len(rows)))))
+    asked = Targets(rows=rows, positions=positions, known=known)
+    return Holdout(name="window", ends=before, targets=asked, window=(cut, end), online=targets == "online")
 
 
 def last_cut(dataset: "SequenceDataset", span: timedelta) -> int:
@@ -226,7 +240,7 @@ def _split_leaks(dataset: "SequenceDataset", trained: np.ndarray, holdout: Holdo
         times = dataset.at(asked.rows, asked.positions).times
         found += [
             (_num_from(dataset, trained, cut), "training exposures are not before the cut"),
-            (_num_from(dataset, known, cut), "exposures of histories are not before the cut"),
+            (_num_too_new(dataset, holdout, known), f"exposures of histories are not before the {_limit(holdout)}"),
             (int(((times < cut) | (times >= end)).sum()), f"{name} targets are outside the window"),
         ]
     return [f"{number} {what}" for number, what in found if number]
@@ -250,6 +264,19 @@ def _sequence_leaks(dataset: "SequenceDataset") -> list[str]:
 def _num_from(dataset: "SequenceDataset", ends: np.ndarray, cut: int) -> int:
     """Return how many of each user's first `ends` exposures together are at or after the cut."""
     return sum(int(np.count_nonzero(block.times >= cut)) for _, block in dataset.blocks(ends=ends))
+
+
+def _limit(holdout: Holdout) -> str:
+    return "target" if holdout.online else "cut"
+
+
+def _num_too_new(dataset: "SequenceDataset", holdout: Holdout, known: np.ndarray) -> int:
+    """Return how many exposures of histories are not strictly older than they must be; known: the most a user's has."""
+    if not holdout.online:
+        return _num_from(dataset, known, holdout.window[0] if holdout.window else 0)
+    asked = holdout.targets[(holdout.targets.known > 0) & (holdout.targets.known <= holdout.targets.positions)]
+    newest = dataset.at(asked.rows, asked.known - 1).times
+    return int(np.count_nonzero(newest >= dataset.at(asked.rows, asked.positions).times))
 
 
 def _count(block: "Jagged", chosen: np.ndarray) -> np.ndarray:

@@ -4,18 +4,22 @@ Invariant: what is judged on came after everything that was trained on, and what
 came before that and after everything that was trained on while it was chosen.
 """
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from gr_platform.errors import UserError
 from gr_platform.sequences.splits import Holdout, by_time, newest_time
+from gr_platform.training.seeds import generator
 
 if TYPE_CHECKING:
     from gr_platform.sequences.dataset import SequenceDataset
 
 DAY_MS = 86_400_000
+# Of a window with more, so many of a sample of its users are asked: a judgement ends in minutes whatever the log.
+MAX_TARGETS = 20_000
+MAX_VALIDATION_TARGETS = 5_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,13 +47,13 @@ class TimeSplit:
         return None if fields is None else TimeSplit(**fields)
 
     def window(self, dataset: "SequenceDataset") -> Holdout:
-        """Return the holdout that models are judged on: every exposure in the window, asked with what was known at
-        the cut."""
-        return by_time(dataset, self.cut, self.end, targets="all")
+        """Return the holdout that models are judged on: every exposure in the window, asked as a server would be that
+        serves this model on that day; of more than MAX_TARGETS those of a sample of users."""
+        return _sampled(by_time(dataset, self.cut, self.end, targets="online"), MAX_TARGETS)
 
     def validation(self, dataset: "SequenceDataset") -> Holdout:
         """Return the holdout that the number of epochs is chosen on."""
-        return by_time(dataset, self.validation_cut, self.cut, targets="all")
+        return _sampled(by_time(dataset, self.validation_cut, self.cut, targets="online"), MAX_VALIDATION_TARGETS)
 
 
 def newest_split(dataset: "SequenceDataset", *, days: int = 1, min_users: int = 100) -> TimeSplit:
@@ -62,6 +66,17 @@ def newest_split(dataset: "SequenceDataset", *, days: int = 1, min_users: int = 
     end = (newest // DAY_MS + 1) * DAY_MS
     cut = _widened(dataset, end, days, min_users)
     return TimeSplit(validation_cut=_widened(dataset, cut, days, min_users), cut=cut, end=end)
+
+
+def _sampled(holdout: Holdout, max_targets: int) -> Holdout:
+    """Return the holdout with whole users drawn, always the same ones, until they have about `max_targets` targets."""
+    rows = holdout.targets.rows
+    if len(rows) <= max_targets:
+        return holdout
+    users, counts = np.unique(rows, return_counts=True)
+    order = generator(0, "sample").permutation(len(users))
+    chosen = users[order[: np.searchsorted(np.cumsum(counts[order]), max_targets) + 1]]
+    return replace(holdout, targets=holdout.targets[np.isin(rows, chosen)])
 
 
 def _widened(dataset: "SequenceDataset", end: int, days: int, min_users: int) -> int:

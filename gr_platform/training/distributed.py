@@ -7,7 +7,7 @@ import logging
 import sys
 from pathlib import Path
 
-from gr_platform import storage
+from gr_platform import run_log, storage
 from gr_platform.errors import UserError
 from gr_platform.training.launch import Job, tell_failure
 from gr_platform.training.loop import train_share
@@ -22,21 +22,23 @@ def run(folder: Path) -> storage.Result | None:
 
     Raises UserError, and leaves its sentence in the folder.
     """
-    try:
-        with joined() as ranks:
-            return train_share(Job.read(folder), ranks)
-    except UserError as error:
-        tell_failure(folder, error)
-        raise
+    job = Job.read(folder)
+    with run_log.written(job.home):
+        try:
+            with joined() as ranks:
+                return train_share(job, ranks)
+        except UserError as error:
+            # Whoever started the processes shows the sentence, once.
+            logger.info("event=failed reason=%s", error)
+            tell_failure(folder, error)
+            raise
 
 
 def main() -> int:
     """Return the exit status of this process."""
     try:
         run(Path(sys.argv[1]))
-    except UserError as error:
-        # Whoever started the processes shows the sentence, once.
-        logger.info("event=failed reason=%s", error)
+    except UserError:
         return FAILED
     return 0
 

@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 import psutil
 
-from gr_platform import processes, settings, storage
+from gr_platform import processes, run_log, settings, storage
 from gr_platform.errors import UserError
 from gr_platform.models.config import Recipe
 from gr_platform.sequences.time_split import TimeSplit
@@ -91,6 +91,7 @@ def launching(job: Job, num_processes: int, module: str = MODULE) -> Iterator[La
         environment = {
             "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
             "OMP_NUM_THREADS": str(settings.num_threads()),
+            run_log.VARIABLE: run_log.current(),
         }
         yield Launch([*torchrun, str(num_processes), "-m", module, name], environment, Path(name))
 

@@ -107,8 +107,9 @@ def train_model(
     """Return the trained model of the data set's current sequences, training it unless that was done already.
 
     `recipe` is a recipe, the name of one or the path of its TOML file; warm_start: the name of a run's folder to start
-    from; split: where the log is cut (None: leave-one-out); start: what runs a job in several processes. The result becomes `runs/<ds>/<kind>_model.current`. A killed
-    run resumes. Raises UserError (unknown recipe, too little data, too many processes, and as `train` does).
+    from; split: where the log is cut (None: leave-one-out); start: what runs a job in several processes.
+    The result becomes `runs/<ds>/<kind>_model.current`. A killed run resumes. Raises UserError (unknown recipe, too
+    little data, too many processes, and as `train` does).
     """
     recipe = named_recipe(recipe, kind)
     job = Job(home=home, ds=ds, recipe=recipe, warm_start=warm_start, split=split, progress=progress)

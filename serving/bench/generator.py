@@ -19,12 +19,12 @@ import numpy as np
 import psutil
 
 from gr_platform import storage
-from serving.bench.traffic import Population, Traffic, Visit, arrivals
+from serving.bench.traffic import Population, Traffic, Visit, Visitors, arrivals
 from serving.client import History, ServingError
-from serving.client_asyncio import AsyncClient
+from serving.client_asyncio import Answer, AsyncClient
 
 OK, REJECTED, EXPIRED, FAILED = range(4)
-KINDS = ("score", "recommend", "probe")
+KINDS = ("score", "recommend", "probe", "retrieve")
 PROBE_SCORES = 64
 # The server brings its counters up to date only so often.
 COUNTERS_LATE_S = 0.75
@@ -66,13 +66,16 @@ class Phase:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """What to send where; `probes` (of `probe`) are asked again and again as `probe_share` of the visits."""
+    """What to send where; `probes` (of `probe`) are asked again and again as `probe_share` of the visits.
+
+    traffic: None where the generator is given its visitors. server_pid: 0 where the server's own figures are not asked.
+    """
 
     grpc_address: str
-    metrics_address: str
-    server_pid: int
-    traffic: Traffic
     phases: tuple[Phase, ...]
+    metrics_address: str = ""
+    server_pid: int = 0
+    traffic: Traffic | None = None
     deadline_s: float = 2.0
     probes: tuple[dict[str, Any], ...] = ()
     probe_share: float = 0.0
@@ -86,20 +89,32 @@ class Plan:
     def from_json(text: str) -> "Plan":
         """Return the plan that `to_json` wrote."""
         fields = json.loads(text)
-        traffic: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in fields.pop("traffic").items()
-        }
+        if fields["traffic"] is not None:
+            made_up: dict[str, Any] = fields["traffic"]
+            lists = {name: tuple(value) for name, value in made_up.items() if isinstance(value, list)}
+            fields["traffic"] = Traffic(**(made_up | lists))
         phases = tuple(Phase(**phase) for phase in fields.pop("phases"))
-        return Plan(traffic=Traffic(**traffic), phases=phases, probes=tuple(fields.pop("probes")), **fields)
+        return Plan(phases=phases, probes=tuple(fields.pop("probes")), **fields)
 
 
 class Generator:
     """Runs the phases of one plan over one connection."""
 
-    def __init__(self, plan: Plan, client: AsyncClient) -> None:
-        """The population is drawn here, before any clock runs."""
-        self._plan, self._client = plan, client
-        self._population = Population(plan.traffic)
+    def __init__(
+        self,
+        plan: Plan,
+        client: AsyncClient,
+        *,
+        visitors: Visitors | None = None,
+        heard: Callable[[int, Visit, Answer], None] | None = None,
+    ) -> None:
+        """visitors: by default those of the plan's traffic, drawn here, before any clock runs. heard: is given the
+        number of a request, its visit and its answer."""
+        if visitors is None:
+            if plan.traffic is None:
+                raise ValueError("Plan.traffic is None, must be given where there are no visitors")
+            visitors = Population(plan.traffic)
+        self._plan, self._client, self._visitors, self._heard = plan, client, visitors, heard
         self._rng = np.random.default_rng(plan.seed)
         self._probes = [_visit(fields) for fields in plan.probes]
         self._records: list[tuple] = []
@@ -158,6 +173,8 @@ class Generator:
 
     async def _usage(self) -> dict[str, float]:
         """Return the seconds of CPU used so far, and the server's cache counters."""
+        if not self._plan.server_pid:
+            return {"generator_cpu_s": time.process_time()}
         used = {"server_cpu_s": server_cpu_s(self._plan.server_pid), "generator_cpu_s": time.process_time()}
         await asyncio.sleep(COUNTERS_LATE_S)
         return used | await asyncio.to_thread(cache_counters, self._plan.metrics_address)
@@ -167,7 +184,7 @@ class Generator:
         if self._probes and self._rng.random() < self._plan.probe_share:
             probe = int(self._rng.integers(len(self._probes)))
             return self._probes[probe], probe
-        return self._population.visit(), -1
+        return self._visitors.visit(), -1
 
     async def _ask(self, number: int, visit: Visit, probe: int, scheduled: float) -> int:
         """Send one request, record it, and return how it ended."""
@@ -175,12 +192,10 @@ class Generator:
         scores = np.full(PROBE_SCORES, np.nan, np.float32)
         cached, outcome = 0, OK
         try:
-            if visit.kind == "recommend":
-                k = self._plan.traffic.k
-                answer = await self._client.recommend(visit.history, k=k, request_time=visit.request_time)
-            else:
-                answer = await self._client.score(visit.history, visit.candidates, request_time=visit.request_time)
+            answer = await self._answer(visit)
             cached = answer.cached_tokens
+            if self._heard is not None:
+                self._heard(len(self._records), visit, answer)
             if probe >= 0:
                 told = answer.scores.ravel()[:PROBE_SCORES]
                 scores[: len(told)] = told
@@ -191,6 +206,14 @@ class Generator:
             (number, kind, outcome, scheduled, sent, done, size, cached, visit.cacheable, probe, scores)
         )
         return outcome
+
+    async def _answer(self, visit: Visit) -> Answer:
+        history, at = visit.history, visit.request_time
+        if visit.kind == "recommend":
+            return await self._client.recommend(history, k=visit.k, request_time=at)
+        if visit.kind == "retrieve":
+            return await self._client.retrieve(history, k=visit.k, request_time=at)
+        return await self._client.score(history, visit.candidates, request_time=at)
 
 
 def probe(visit: Visit) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def stale(records: np.ndarray, models_seen: np.ndarray, swaps: list[Swap]) -> tu
     the new model has come, at the latest when the swap has ended.
     """
     count = 0
-    for swap, following in zip(swaps, [*swaps[1:], None], strict=True):
+    for swap, following in zip(swaps, [*swaps, None][1:], strict=True):
         until = following.began if following else np.inf
         of_new = records["done"][(models_seen == swap.to) & (records["sent"] > swap.began)]
         flipped = min([swap.ended, *of_new])

@@ -5,7 +5,7 @@ history grows by what a visit leaves behind, so the next visit asks with a longe
 """
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from gr_platform.sequences.window import window_start
 from serving.engine.requests import History
 
 START_MS = 1_577_836_800_000
-VisitKind = Literal["score", "recommend", "probe"]
+VisitKind = Literal["score", "recommend", "probe", "retrieve"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -48,13 +48,23 @@ class Traffic:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Visit:
-    """One request: candidates int64 [m] (score) or none (recommend); cacheable: history tokens a cache may hold."""
+    """One request: candidates [m] (score, probe) or none (recommend, retrieve: the best `k` are asked for); cacheable:
+    history tokens a cache may hold."""
 
     kind: VisitKind
     history: History
     candidates: np.ndarray
     request_time: int
     cacheable: int
+    k: int = 10
+
+
+class Visitors(Protocol):
+    """Who comes."""
+
+    def visit(self) -> Visit:
+        """Return the next visit."""
+        ...
 
 
 class Population:
@@ -94,6 +104,7 @@ class Population:
             candidates=candidates,
             request_time=request_time,
             cacheable=ranking + (retrieval if asks_list else 0),
+            k=traffic.k,
         )
 
     def _append(self, user: int, count: int, after_ms: int) -> None:

@@ -2,28 +2,60 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import dagster as dg
 import pytest
 
+from assets import automation
 from assets.materialization import MAX_PLOT_BYTES, picture, preview_of, table
+from gr_platform import settings
 from gr_platform.definitions import defs
+from gr_platform.errors import UserError
 from gr_platform.experiments.catalogue import experiments
+from gr_platform.lifecycle.options import LifecycleOptions, Schedule
 
-DEPENDENCIES = {
-    "events": set(),
-    "data_card": {"events"},
-    "item_vocabulary": {"events"},
-    "sequences": {"events", "item_vocabulary"},
-    "retrieval_model": {"sequences"},
-    "ranking_model": {"sequences"},
-    "evaluation": {"sequences", "retrieval_model", "ranking_model"},
-    "registration": {"evaluation"},
-    "bundle": {"registration", "retrieval_model", "ranking_model"},
-    "deployment": {"bundle"},
-    "served": {"events", "deployment"},
+# Asset -> its parents, group, pool.
+ASSETS = {
+    "landed_day": (set(), "data", "landing"),
+    "events": ({"landed_day"}, "data", "pipeline"),
+    "data_card": ({"events"}, "data", "pipeline"),
+    "item_vocabulary": ({"events"}, "data", "pipeline"),
+    "sequences": ({"events", "item_vocabulary"}, "data", "pipeline"),
+    "retrieval_model": ({"sequences"}, "models", "pipeline"),
+    "ranking_model": ({"sequences"}, "models", "pipeline"),
+    "evaluation": ({"sequences", "retrieval_model", "ranking_model"}, "models", "pipeline"),
+    "registration": ({"evaluation"}, "release", "pipeline"),
+    "bundle": ({"registration", "retrieval_model", "ranking_model"}, "release", "pipeline"),
+    "judgement": ({"bundle"}, "release", "pipeline"),
+    "deployment": ({"bundle", "judgement"}, "release", None),
+    "served": ({"events", "deployment"}, "release", "pipeline"),
+    "comparison": (set(), "models", "pipeline"),
+}
+PIPELINE = set(ASSETS) - {"landed_day", "comparison"}
+JOBS = {
+    "full_pipeline": PIPELINE,
+    "retraining": PIPELINE,
+    "landing_day": {"landed_day"},
+    "deploying": {"deployment"},
+}
+# Schedule -> job, cron in UTC.
+SCHEDULES = {
+    "daily_landing": ("landing_day", "30 0 * * *"),
+    "daily_retraining": ("retraining", "0 2 * * *"),
+    "weekly_retraining": ("retraining", "0 4 * * 0"),
+}
+# Sensor -> job it asks for (None: it asks for none), seconds between two looks.
+SENSORS = {
+    "inbox": ("landing_day", 15),
+    "champion": ("deploying", 30),
+    "drift": ("retraining", 300),
+    "failures": (None, 15),
+    "failed_checks": (None, 15),
+    "lost_runs": (None, 60),
 }
 CHECKS = {
+    ("landed_day", "arrived"),
     ("events", "schema"),
     ("events", "conservation"),
     ("events", "nulls"),
@@ -35,6 +67,9 @@ CHECKS = {
     ("events", "new_items"),
     ("events", "action_mix"),
     ("events", "longest_user"),
+    ("events", "item_drift"),
+    ("events", "action_drift"),
+    ("events", "item_share"),
     ("sequences", "no_leakage"),
     ("retrieval_model", "no_leakage"),
     ("ranking_model", "no_leakage"),
@@ -42,25 +77,66 @@ CHECKS = {
     ("ranking_model", "finite_weights"),
     ("evaluation", "finite_figures"),
     ("bundle", "parity"),
+    ("judgement", "gates"),
+    ("deployment", "model_age"),
+    ("served", "score_drift"),
+    ("served", "online_offline"),
 }
 
 
 def test_assets_checks_and_jobs_are_these() -> None:
     graph = defs.resolve_asset_graph()
-    found = {
-        key.to_user_string(): {parent.to_user_string() for parent in graph.get(key).parent_keys}
-        for key in graph.get_all_asset_keys()
-    }
-    cells = {f"{name}_cells": set() for name in experiments()}
-    reports = {f"{name}_report": {f"{name}_cells"} for name in experiments()}
-    assert found == DEPENDENCIES | cells | reports | {"compute_against_quality": set(reports), "comparison": set()}
+    found = {}
+    for key in graph.get_all_asset_keys():
+        node, definition = graph.get(key), defs.get_assets_def(key)
+        parents = {parent.to_user_string() for parent in node.parent_keys}
+        found[key.to_user_string()] = (parents, node.group_name, definition.op.pool)
+    cells = {f"{name}_cells": (set(), "experiments", None) for name in experiments()}
+    reports = {f"{name}_report": ({f"{name}_cells"}, "experiments", None) for name in experiments()}
+    assert found == ASSETS | cells | reports | {"compute_against_quality": (set(reports), "experiments", None)}
     assert {(key.asset_key.to_user_string(), key.name) for key in graph.asset_check_keys} == CHECKS
-    assert [job.name for job in defs.resolve_all_job_defs() if not job.name.startswith("__")] == ["full_pipeline"]
+    jobs = {job.name: job for job in defs.resolve_all_job_defs() if not job.name.startswith("__")}
+    chosen = {name: job.asset_layer.selected_asset_keys for name, job in jobs.items()}
+    assert {name: {key.to_user_string() for key in keys} for name, keys in chosen.items()} == JOBS
 
 
-def test_the_full_pipeline_runs_no_experiment() -> None:
-    chosen = defs.resolve_job_def("full_pipeline").asset_layer.selected_asset_keys
-    assert {key.to_user_string() for key in chosen} == set(DEPENDENCIES)
+def test_schedules_and_sensors_are_these_and_run() -> None:
+    defaults = automation.schedules(LifecycleOptions())
+    assert {each.name: (each.job_name, each.cron_schedule) for each in defaults} == SCHEDULES
+    assert {each.execution_timezone for each in defaults} == {"UTC"}
+    assert {each.default_status for each in defaults} == {dg.DefaultScheduleStatus.RUNNING}
+    loaded = {each.name: each for each in defs.sensors or ()}
+    found = {
+        name: (each.job_name if each.has_jobs or each.targets else None, each.minimum_interval_seconds)
+        for name, each in loaded.items()
+    }
+    assert found == SENSORS
+    assert {each.default_status for each in loaded.values()} == {dg.DefaultSensorStatus.RUNNING}
+
+
+def test_an_empty_cron_line_is_no_schedule_and_one_that_is_none_is_named() -> None:
+    weekly = automation.schedules(LifecycleOptions(schedule=Schedule(daily="", ingest="")))
+    assert [each.name for each in weekly] == ["weekly_retraining"]
+    with pytest.raises(UserError, match=r"lifecycle.toml: schedule.daily is '61 2 \* \* \*', which is no moment"):
+        automation.schedules(LifecycleOptions(schedule=Schedule(daily="61 2 * * *")))
+
+
+@pytest.mark.parametrize("job", ["retraining", "deploying", "full_pipeline", "landing_day"])
+def test_the_default_config_of_each_job_is_one_that_it_takes(job: str) -> None:
+    definition = defs.resolve_job_def(job)
+    assert dg.validate_run_config(definition, definition.run_config or {})
+
+
+def test_the_instance_lets_one_run_of_a_pool_work_at_a_time_and_retries_only_killed_ones(tmp_path: Path) -> None:
+    (tmp_path / "dagster.yaml").write_bytes((settings.PROJECT_ROOT / "dagster_home" / "dagster.yaml").read_bytes())
+    with dg.DagsterInstance.from_config(str(tmp_path)) as instance:
+        concurrency = instance.get_concurrency_config()
+        assert concurrency.pool_config.default_pool_limit == 1
+        assert str(concurrency.pool_config.pool_granularity) == "PoolGranularity.RUN"
+        assert instance.run_retries_enabled
+        assert instance.run_retries_max_retries == 0
+        assert not instance.run_retries_retry_on_asset_or_op_failure
+        assert instance.run_monitoring_enabled
 
 
 def test_every_cell_of_an_experiment_is_a_partition_of_its_asset() -> None:
@@ -71,9 +147,10 @@ def test_every_cell_of_an_experiment_is_a_partition_of_its_asset() -> None:
         assert list(partitions.get_partition_keys()) == [cell.name for cell in experiment.cells]
 
 
-def test_loading_the_code_location_imports_neither_torch_nor_mlflow() -> None:
+def test_loading_the_code_location_imports_no_heavy_library() -> None:
     code = (
-        "import sys, gr_platform.definitions; print([m for m in ('torch', 'mlflow', 'matplotlib') if m in sys.modules])"
+        "import sys, gr_platform.definitions\n"
+        "print([m for m in ('torch', 'mlflow', 'matplotlib', 'duckdb', 'polars', 'pandas') if m in sys.modules])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=300)
     assert done.stdout.strip() == "[]"

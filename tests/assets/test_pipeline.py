@@ -8,7 +8,7 @@ import pytest
 
 from assets import data_checks, model_checks
 from assets.resources import Platform
-from gr_platform import deploy, storage
+from gr_platform import storage
 from gr_platform.commands import pipeline
 from gr_platform.errors import UserError
 from gr_platform.registry import promotion, tracking, versions
@@ -60,7 +60,7 @@ def test_the_deployed_pair_is_champion_and_in_the_model_repository(pipeline_home
     champions = promotion.champions(pipeline_home, DS)
     assert {kind: v.version for kind, v in champions.items()} == {"retrieval": "1", "ranking": "1"}
     for kind, version in champions.items():
-        folder = deploy.bundle_of(pipeline_home, DS, kind, version)
+        folder = bundle_of(pipeline_home, DS, kind, version)
         served = pipeline_home / "model_repository" / f"gr_{'retriever' if kind == 'retrieval' else 'ranker'}"
         digest = storage.read_manifest(folder).digest
         assert storage.read_manifest(served / "1" / "bundle").digest == digest
@@ -88,7 +88,7 @@ def test_a_champion_loads_from_the_registry_without_pickle_and_gives_the_bundles
     for kind in versions.KINDS:
         model = mlflow.pyfunc.load_model(f"models:/{versions.model_name(DS, kind)}@champion")
         champion = promotion.champions(pipeline_home, DS)[kind]
-        bundle = load(deploy.bundle_of(pipeline_home, DS, kind, champion))
+        bundle = load(bundle_of(pipeline_home, DS, kind, champion))
         request, expected = load_golden(bundle.folder / "golden.safetensors")[-1]
         row = {
             "history_items": bundle.vocabulary.ids(request.items).tolist(),

@@ -7,8 +7,9 @@ import pytest
 
 from assets.resources import Platform
 from assets.training import retrieval_model
-from gr_platform import settings
+from gr_platform import run_log, settings
 from gr_platform.models.recipes import tiny
+from gr_platform.registry import tracking
 
 
 @pytest.mark.slow
@@ -30,3 +31,12 @@ def test_dagster_trains_in_two_processes_and_hears_of_each_epoch(pipeline_home, 
     assert made.metadata["reused"].value is False
     assert made.metadata["epochs"].value == tiny("retrieval").training.max_epochs
     assert any("phase=validation epoch=0" in message for message in logged)
+    # One id everywhere: in Dagster, in MLflow, and in the log, where the lines of the processes stand too.
+    lines = (tmp_path / run_log.FILE).read_text().splitlines()
+    trained = [line for line in lines if "phase=validation epoch=0" in line]
+    assert trained
+    assert all(f"run={done.run_id} " in line for line in trained)
+    [run] = tracking.connect(tmp_path).search_runs(
+        [tracking.experiment_id(tracking.connect(tmp_path), tmp_path, "simulated")]
+    )
+    assert run.data.tags["gr.dagster_run"] == done.run_id

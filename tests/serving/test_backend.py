@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -14,6 +15,7 @@ from serving import backend, wire
 from serving.backend import EngineModel, ModelSettings
 from serving.engine.engine import Engine, Limits
 from serving.engine.requests import MAX_EVENTS, InvalidRequestError
+from serving.engine_metrics import ScoreMoments
 from serving.wire import MAX_ID_BYTES, decode_ids, decode_rank, encode_ids
 from tests.serving.engine.toy import some_history, toy_engine
 
@@ -32,9 +34,11 @@ class FakeFamily:
 
     def __init__(self, name, description, kind):
         self.name = name
+        self.metrics = {}
 
     def Metric(self, labels, buckets=None):
-        return FakeMetric()
+        self.metrics[tuple(labels.values())] = FakeMetric()
+        return self.metrics[tuple(labels.values())]
 
 
 class FakeMetric:
@@ -241,3 +245,48 @@ def test_more_entries_than_allowed_are_refused_before_any_is_decoded():
 def test_a_wrong_shape_is_refused_by_name(shape):
     with pytest.raises(InvalidRequestError, match="HISTORY_ITEMS has shape"):
         decode_rank({"HISTORY_ITEMS": np.zeros(shape, np.int64)})
+
+
+def _shown(metrics, name):
+    return {labels: metric.value for labels, metric in metrics._families[name].metrics.items()}
+
+
+def test_gauges_tell_until_when_the_model_learned_only_if_that_is_known():
+    engine = toy_engine("ranking")
+    known = backend.EngineMetrics(PB_UTILS, "m", engine, {"trained_until_ms": "1500", "exported_ms": "2000"})
+    unknown = backend.EngineMetrics(PB_UTILS, "m", engine, {"trained_until_ms": "", "exported_ms": "2000"})
+    assert _shown(known, "gr_model_trained_until_seconds") == {("m",): 1.5}
+    assert _shown(unknown, "gr_model_exported_seconds") == {("m",): 2.0}
+    assert math.isnan(_shown(unknown, "gr_model_trained_until_seconds")["m",])
+    known.close()
+    unknown.close()
+
+
+def test_gauges_of_scores_are_those_of_the_answers(model):
+    request = FakeRequest(tensors())
+    model.execute([request])
+    scores = dict(request.answer().outputs)["SCORES"][0]
+    while not model._metrics._scores:
+        time.sleep(0.01)
+    model._metrics.close()
+    for at, task in enumerate(("like", "buy")):
+        assert _shown(model._metrics, "gr_score_mean")["gr_ranker", task] == pytest.approx(scores[:, at].mean())
+        assert _shown(model._metrics, "gr_score_std")["gr_ranker", task] == pytest.approx(scores[:, at].std(), abs=1e-4)
+
+
+def test_a_retrieval_model_has_no_gauges_of_scores():
+    metrics = backend.EngineMetrics(PB_UTILS, "m", toy_engine("retrieval"))
+    assert not {"gr_score_mean", "gr_score_std"} & set(metrics._families)
+    metrics.close()
+
+
+def test_moments_of_scores_follow_what_is_answered_and_forget_what_was():
+    moments = ScoreMoments(1, look_back=50)
+    for value in [0.1] * 1000 + [0.5] * 1000:
+        moments.add(np.array([[value - 0.05], [value + 0.05]], np.float32))
+    moments.add(np.full((3, 1), np.nan, np.float32))
+    moments.add(np.zeros((0, 1), np.float32))
+    figures = moments.figures()
+    assert figures["gr_score_mean"] == pytest.approx(0.5, abs=1e-6)
+    assert figures["gr_score_std"] == pytest.approx(0.05, abs=1e-3)
+    assert ScoreMoments(1).figures() == {}

@@ -1,6 +1,8 @@
 """What callers of the real model server get: the offline model's scores, or a named error."""
 
 import json
+import math
+import re
 import time
 import urllib.error
 import urllib.request
@@ -204,6 +206,23 @@ def test_metrics_count_requests_and_tokens(client, server):
     assert now[f"gr_cache_hit_tokens_total{label}"] - before[f"gr_cache_hit_tokens_total{label}"] == 21
     assert now[f"gr_unknown_ids_total{label}"] - before[f"gr_unknown_ids_total{label}"] == 2
     assert now[f"gr_cache_bytes{label}"] > 0
+
+
+def test_metrics_tell_how_old_a_model_is_and_what_it_scores(client, server, pair):
+    history = user(601, 10)
+    scores = client.score(history, [1000, 1001], request_time=after(history)).scores
+    time.sleep(2.5 * PERIOD_S)
+    with urllib.request.urlopen(f"http://{server.metrics_address}/metrics", timeout=5) as answer:
+        text = answer.read().decode()
+    for kind, model in (("retrieval", "gr_retriever"), ("ranking", "gr_ranker")):
+        exported = re.search(rf'gr_model_exported_seconds{{model="{model}"}} (\S+)', text)
+        assert float(exported[1]) == pytest.approx((pair[kind] / "manifest.json").stat().st_mtime, abs=1)
+    until = re.search(r'gr_model_trained_until_seconds{model="gr_ranker"} (\S+)', text)
+    assert math.isnan(float(until[1])), "these bundles do not say so"
+    means = dict(re.findall(r'gr_score_mean{model="gr_ranker",task="(\w+)"} (\S+)', text))
+    assert set(means) == {"like", "purchase"}
+    assert all(0 < float(value) < 1 for value in means.values())
+    assert scores.shape == (2, 2)
 
 
 def test_model_control_needs_the_key(server):

@@ -1,6 +1,7 @@
 """The model repository: complete, relative, changed as a whole and only when something changed."""
 
 import os
+import re
 import shutil
 
 import pyarrow.parquet as pq
@@ -61,6 +62,22 @@ def test_publishing_twice_changes_nothing_and_another_option_is_another_reposito
     fourth = publish(tmp_path, pair["retrieval"], pair["ranking"], ServingOptions(cache_bytes=2 << 20))
     # The current pair and the one to go back to stay.
     assert sorted(p for p in fourth.folder.parent.iterdir()) == sorted([third.folder, fourth.folder])
+
+
+def test_each_model_is_told_until_when_it_learned_if_its_bundle_says_so(tmp_path, pair, rewritten):
+    def learned(folder, facts):
+        facts["trained_until_ms"] = 1_700_000_000_123
+
+    folder = publish(tmp_path, pair["retrieval"], rewritten(pair["ranking"], learned)).folder
+    until = {model: _parameter(folder, model, "trained_until_ms") for model in ("gr_ranker", "gr_retriever")}
+    assert until == {"gr_ranker": "1700000000123", "gr_retriever": ""}
+    exported = (pair["retrieval"] / "manifest.json").stat().st_mtime_ns // 1_000_000
+    assert int(_parameter(folder, "gr_retriever", "exported_ms")) == exported
+
+
+def _parameter(folder, model, name):
+    text = (folder / model / "config.pbtxt").read_text()
+    return re.search(rf'key: "{name}" value: {{ string_value: "(.*?)" }}', text)[1]
 
 
 def test_options_are_those_of_the_state_folder_unless_others_are_given(tmp_path, pair):

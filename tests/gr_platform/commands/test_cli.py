@@ -215,7 +215,7 @@ def test_an_interrupted_pipeline_says_so_in_one_sentence(tmp_path: Path, number:
     assert shown.strip().splitlines()[-1].startswith("stopped: what was finished is kept")
 
 
-def test_a_killed_run_does_not_stay_started(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_does_not_stay_started(tmp_path: Path) -> None:
     import dagster as dg
 
     home = tmp_path / "home"
@@ -237,7 +237,6 @@ def test_a_killed_run_does_not_stay_started(tmp_path: Path, monkeypatch: pytest.
             return sorted(record.dagster_run.status.value for record in instance.get_run_records())
 
     assert statuses() == ["STARTED"]
-    monkeypatch.setattr(pipeline, "DEAD_AFTER_S", 0.0)
     pipeline.materialize(home, home / "dagster_home", select=["events"])
     assert statuses() == ["FAILURE", "SUCCESS"]
 

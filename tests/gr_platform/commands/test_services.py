@@ -186,7 +186,7 @@ def test_down_never_touches_a_process_that_only_has_the_pid(tmp_path: Path) -> N
 def test_every_address_is_loopback_and_the_model_server_needs_a_deployed_pair(tmp_path: Path) -> None:
     ports = services.Ports()
     found = services.platform_services(tmp_path, tmp_path, ports)
-    assert [s.name for s in found] == ["dagster-webserver", "dagster-daemon", "mlflow"]
+    assert [s.name for s in found] == ["dagster-webserver", "dagster-daemon", "mlflow", "platform-metrics"]
     assert all(services.HOST in s.address for s in found if s.ports)
     (tmp_path / "model_repository" / "gr_ranker").mkdir(parents=True)
     (tmp_path / "model_repository" / "gr_ranker" / "config.pbtxt").write_text("")

@@ -8,7 +8,7 @@ from gr_platform import cli
 SURFACE = {
     "demo": "--data --format --recipe --num-events",
     "materialize": "--select --dataset --recipe",
-    "up": "--dagster-port --mlflow-port --grpc-port --http-port --metrics-port",
+    "up": "--dagster-port --mlflow-port --grpc-port --http-port --metrics-port --platform-metrics-port",
     "down": "",
     "status": "",
     "doctor": "",
@@ -29,6 +29,19 @@ SURFACE = {
     "serve": "--grpc-port --http-port --metrics-port --attach",
     "recommend": "--user -k --at --server-history",
     "score": "--user --items --at",
+    "land": "--from --to --dataset",
+    "retrain": "--start --dataset",
+    "gates": "--dataset",
+    "promote": "--force --dataset",
+    "rollback": "--dataset",
+    "drift": "--dataset",
+    "metrics": "--port",
+    "alerts": "--last",
+    "clean": "--dataset --dry-run",
+    "backup": "FILE --checkpoints",
+    "restore": "FILE --registry",
+    "migrate": "",
+    "replay": ("--days --dataset --events --poisoned --empty --tenfold --rate --shadow --recipe --out --seed --keep"),
 }
 WITHOUT_EXAMPLE = {"down", "status", "doctor"}
 

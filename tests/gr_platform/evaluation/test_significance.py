@@ -5,7 +5,7 @@ from scipy import stats
 
 from gr_platform.errors import UserError
 from gr_platform.evaluation.metrics import log_loss, normalised_entropy
-from gr_platform.evaluation.significance import RANK_FIGURES, compare_tables, mean_and_error, resampled_sums
+from gr_platform.evaluation.significance import RANK_FIGURES, compare_tables, intervals, mean_and_error, resampled_sums
 
 NUM_USERS = 2000
 
@@ -53,6 +53,27 @@ def test_the_interval_is_that_of_an_independent_bootstrap(ranks):
     width = theirs.confidence_interval.high - theirs.confidence_interval.low
     assert found.low == pytest.approx(theirs.confidence_interval.low, abs=0.06 * width)
     assert found.high == pytest.approx(theirs.confidence_interval.high, abs=0.06 * width)
+
+
+def test_the_interval_of_one_run_is_that_of_its_mean(ranks):
+    """A mean over 2,000 users is so near to normal that both must say the same."""
+    found = intervals(ranked(ranks))
+    assert [each.figure for each in found] == list(RANK_FIGURES)
+    for each, gains in zip(found, (ranks <= 10, ranks <= 50, ranks <= 200), strict=False):
+        half = 1.96 * gains.std() / np.sqrt(NUM_USERS)
+        assert each.value == gains.mean()
+        assert each.low == pytest.approx(each.value - half, abs=0.1 * half)
+        assert each.high == pytest.approx(each.value + half, abs=0.1 * half)
+
+
+def test_the_interval_of_a_judged_run_holds_its_value_and_an_empty_one_has_none():
+    rng = np.random.default_rng(8)
+    labels, logits = rng.random(NUM_USERS) < 0.2, rng.normal(-1.5, 0.3, NUM_USERS)
+    found = {each.figure: each for each in intervals(judged(labels, logits))}
+    assert set(found) == {"like_log_loss", "like_ne"}
+    assert found["like_ne"].value == pytest.approx(normalised_entropy(labels, logits))
+    assert all(each.low < each.value < each.high for each in found.values())
+    assert intervals(ranked(np.zeros(0, np.int64))) == []
 
 
 @pytest.mark.parametrize("num_helped", [20, 40, 60])
