@@ -31,6 +31,7 @@ def _train(
 ) -> dg.MaterializeResult:
     from gr_platform.evaluation.plots import learning_curve
     from gr_platform.lifecycle.retrain import retrain
+    from gr_platform.registry import retrainings
     from gr_platform.registry.names import run_folder
     from gr_platform.registry.tracking import try_log_run
     from gr_platform.training.launch import Job, launching
@@ -53,13 +54,14 @@ def _train(
             home, ds, recipe, start=config.start, num_processes=config.num_processes, launching=start
         )
         why = plan.why
+        parent = retrainings.for_model(home, ds, result.manifest, start=config.start, recipe=recipe.name)
     else:
         older = run_folder(home, ds, config.warm_start).name if config.warm_start else None
         result = train_model(home, ds, kind, recipe, num_processes=config.num_processes, warm_start=older, start=start)
-        why = f"warm: from {older}" if older else "from scratch"
+        why, parent = f"warm: from {older}" if older else "from scratch", None
     begun = config.start if config.split == "time" else ""
     platform.record(recipe=recipe.name, dataset_digest=result.manifest.spec["sequences"], start=begun)
-    tracked = try_log_run(home, ds, result.folder) or UNTRACKED
+    tracked = try_log_run(home, ds, result.folder, parent=parent) or UNTRACKED
     curves = json.loads((result.folder / "curves.json").read_text(encoding="utf-8"))
     facts = result.manifest.facts
     figures = {name: facts[name] for name in ("num_parameters", "num_users", "epochs", "best_epoch", "refit_epochs")}

@@ -26,7 +26,7 @@ COMMANDS: dict[str, tuple[Callable[..., None], ...]] = {
         cli_platform.status,
         cli_platform.doctor,
     ),
-    "Data": (cli_data.import_, cli_data.fetch, cli_data.simulate, cli_data.card, cli_data.forget),
+    "Data": (cli_data.import_, cli_data.fetch, cli_data.simulate, cli_data.card, cli_data.forget, cli_data.withdraw),
     "Models": (
         cli_models.recipes,
         cli_models.train,

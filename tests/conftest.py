@@ -61,3 +61,26 @@ def pipeline_home(tmp_path_factory):
         patch.setenv("GR_DEVICE", "cpu")
         pipeline.materialize(home, dagster_home, recipe="tiny")
     return home
+
+
+@pytest.fixture(scope="session")
+def replayed(tmp_path_factory):
+    """Two days of `gr replay`, the second one poisoned: its folder with the report, the platform of its own in `home`.
+
+    Read it, do not change it. There the champions are of version 2, version 1 served before, 3 was refused.
+    """
+    from gr_platform.replay import replay as replaying
+    from gr_platform.replay.stream import StreamOptions
+
+    folder = tmp_path_factory.mktemp("replayed") / "replay"
+    days, stages = [], []
+    options = replaying.ReplayOptions(
+        stream=StreamOptions(days=2, num_events=30_000, faults={2: "poisoned"}), rate=4.0, command="gr replay --days 2"
+    )
+    listener = replaying.Listener(day=days.append, stage=stages.append, said=stages.append)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("GR_THREADS", "1")
+        patch.setenv("GR_DEVICE", "cpu")
+        replaying.replay(folder, options, listener)
+    assert [day and day.number for day in days] == [None, 1, 2]
+    return folder

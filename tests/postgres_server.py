@@ -64,10 +64,6 @@ class PostgresServer:
             return f"postgresql://{USER}:{secret}@/{name}?host={self.folder}&port={self.port}"
         return f"postgresql://{USER}:{secret}@127.0.0.1:{self.port}/{name}"
 
-    def dump(self, name: str) -> str:
-        """Return a database as pg_dump writes it."""
-        return self._do("pg_dump", "-h", str(self.folder), "-p", str(self.port), "-U", USER, name)
-
     def close(self) -> None:
         """Stop and delete everything."""
         subprocess.run(self._command("pg_ctl", "stop", "-m", "immediate", "-D", "data"), cwd=self.folder, check=False)
@@ -78,7 +74,7 @@ class PostgresServer:
         as_owner = ["runuser", "-u", "postgres", "--"] if os.getuid() == 0 else []
         return [*as_owner, str(self.programs / program), *arguments]
 
-    def _do(self, program: str, *arguments: str) -> str:
+    def _do(self, program: str, *arguments: str) -> None:
         # Into a file: a server that is started inherits the output, and a pipe would never end.
         with tempfile.TemporaryFile("w+") as output:
             done = subprocess.run(
@@ -93,4 +89,3 @@ class PostgresServer:
             output.seek(0)
             text = output.read()
         assert done.returncode == 0, text
-        return text

@@ -14,7 +14,7 @@ import pytest
 from gr_platform import settings
 from gr_platform.commands import services
 from gr_platform.errors import sentence_for
-from gr_platform.registry import names, tracking, versions
+from gr_platform.registry import names, relocation, tracking, versions
 from tests.postgres_server import PostgresServer, programs
 from tests.stand_in_models import DS, register
 
@@ -156,6 +156,20 @@ def test_a_server_that_stops_in_the_middle_is_named_and_the_same_call_goes_on_af
             assert sentence.startswith(f"the PostgreSQL database of {name} does not answer"), sentence
         _materialise(instance)
     assert int(register(home, "d").version) == int(first.version) + 1
+
+
+def test_the_registry_of_a_moved_state_folder_names_the_files_in_it(home: Path, tmp_path: Path) -> None:
+    version = register(home, "a")
+    addresses = []
+    moves = ((home, tmp_path), (home, tmp_path), (tmp_path, home))
+    rewritten = [relocation.relocate(tracking.tracking_uri(home), *moved) for moved in moves[:2]]
+    addresses.append(tracking.connect(home).get_model_version_download_uri(version.name, version.version))
+    rewritten.append(relocation.relocate(tracking.tracking_uri(home), *moves[2]))
+    addresses.append(tracking.connect(home).get_model_version_download_uri(version.name, version.version))
+    assert rewritten[0] >= 4
+    assert rewritten == [rewritten[0], 0, rewritten[0]]
+    assert addresses[0].startswith(f"{tmp_path.as_uri()}/")
+    assert addresses[1].startswith(f"{home.as_uri()}/")
 
 
 def test_no_address_stands_in_the_commands_of_the_services_nor_in_what_they_record(

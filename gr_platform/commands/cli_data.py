@@ -84,3 +84,17 @@ def forget(user: options.Forgotten, dataset: options.Dataset = None, yes: option
     from gr_platform.commands.forgetting import report
 
     say_each(report(settings.home(), dataset or settings.dataset(), user, sure=yes))
+
+
+def withdraw(
+    date: Annotated[str, typer.Option(help="The date its files were landed under, YYYY-MM-DD.")],
+    dataset: options.Dataset = None,
+    yes: options.Yes = False,
+) -> None:
+    """Take a day that should not be learned from out of the landed logs; land a mended file in its place.
+
+    Example: gr withdraw --date 2026-06-23
+    """
+    from gr_platform.commands.forgetting import withdrawal
+
+    say_each(withdrawal(settings.home(), dataset or settings.dataset(), date, sure=yes))

@@ -1,4 +1,4 @@
-"""What `gr forget` asks and says.
+"""What `gr forget` and `gr withdraw` ask and say.
 
 Invariant: nothing is erased before the person at the terminal agreed, or said so beforehand with --yes.
 """
@@ -11,6 +11,7 @@ import typer
 from gr_platform.errors import UserError
 from gr_platform.events.forget import forget
 from gr_platform.events.landing import active_dataset, load_declaration
+from gr_platform.events.withdraw import landed_on, withdraw
 from gr_platform.lifecycle import inbox
 
 
@@ -30,3 +31,15 @@ def report(home: Path, dataset: str | None, user: str, *, sure: bool) -> Iterato
         yield f"{originals:,} landed file(s) that still lay in the inbox's {inbox.TAKEN}/ deleted"
     yield "models and bundles made before have learned from these events: gr materialize trains them again"
     yield "the files that were imported, wait in the inbox or were refused are yours: erase the person there too"
+
+
+def withdrawal(home: Path, dataset: str | None, date: str, *, sure: bool) -> Iterator[str]:
+    """Yield the lines of `gr withdraw` once it was agreed to. Raises UserError as `withdraw` does, or if it was not."""
+    ds = dataset or active_dataset(home)
+    found = landed_on(home, ds, date)
+    question = f"Withdraw {found.num_rows:,} rows of {date} ({', '.join(found.files)}) from data set {ds}?"
+    if not sure and not typer.confirm(question):
+        raise UserError("nothing was withdrawn; --yes agrees beforehand")
+    done = withdraw(home, ds, date)
+    yield f"{done.num_rows:,} rows of {date} withdrawn from {ds}: {', '.join(done.files)}"
+    yield f"next: gr retrain, or first a mended file: gr import FILE --dataset {ds} --ingest-date {date}"

@@ -125,13 +125,22 @@ def publish(
     if texts:
         catalogue.write_titles(folder, texts)
     storage.write_text(folder / DECLARATION, declaration.to_toml())
-    storage.write_text(folder / f"{entry.sha256[:16]}.json", json.dumps(asdict(entry), indent=1, sort_keys=True) + "\n")
+    storage.write_text(folder / _entry_name(entry), json.dumps(asdict(entry), indent=1, sort_keys=True) + "\n")
     if activate:
         storage.write_text(home / "landing" / "active", declaration.name + "\n")
     named = {_landed_name(each) for each in ledger_entries(folder)}
     for path in folder.glob("*.parquet"):
         if path.name not in named and path.name != catalogue.FILE:
             path.unlink()
+
+
+def remove(file: LandedFile) -> None:
+    """Delete a landed file, its ledger entry first; the caller is alone in the landing folder."""
+    folder = file.path.parent
+    (folder / _entry_name(file.entry)).unlink(missing_ok=True)
+    # Equal bytes that came under two names are one file.
+    if all(_landed_name(each) != file.path.name for each in ledger_entries(folder)):
+        file.path.unlink(missing_ok=True)
 
 
 def is_intact(file: LandedFile) -> bool:
@@ -175,6 +184,10 @@ def landed_file(folder: Path, entry: Entry, declaration: Declaration, *, reused:
         guesses=entry.guesses,
         entry=entry,
     )
+
+
+def _entry_name(entry: Entry) -> str:
+    return f"{entry.sha256[:16]}.json"
 
 
 def _landed_name(entry: Entry) -> str:

@@ -15,7 +15,7 @@ from gr_platform.errors import UserError
 from gr_platform.lifecycle import options
 from gr_platform.lifecycle.folders import bundle_of
 from gr_platform.models.config import Kind
-from gr_platform.registry import promotion
+from gr_platform.registry import promotion, retrainings
 from gr_platform.registry.promotion import Pair
 from gr_platform.registry.versions import Version
 
@@ -61,6 +61,7 @@ def release(home: Path, ds: str, *, force: bool = False) -> Release:
     if not reasons or (force and not _broken(judged)):
         done = _serve(home, ds, found.pair, "promoted")
         promotion.crown(home, found, against="; ".join(reasons))
+        retrainings.log_outcome(home, found.pair.values(), "promoted")
         return replace(done, champions=promotion.champions(home, ds))
     if not found.reigning:
         promotion.refuse(home, found.pair, reasons)

@@ -16,6 +16,7 @@ from gr_platform.evaluation.evaluate import split_of, trained_until
 from gr_platform.lifecycle import options
 from gr_platform.models.config import Kind, Recipe
 from gr_platform.registry import promotion
+from gr_platform.registry.tracking import attempt
 from gr_platform.registry.versions import CHAMPION, by_alias
 from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.time_split import TimeSplit, newest_split
@@ -107,9 +108,10 @@ def _parent(
     home: Path, ds: str, kind: Kind, recipe: Recipe, dataset: SequenceDataset, split: TimeSplit
 ) -> tuple[str | None, str]:
     """Return the champion's run if its weights may be started from, and what decided."""
-    champion = by_alias(home, ds, kind, CHAMPION)
+    # Without MLflow a training takes longer, but it need not fail.
+    champion = attempt(f"champion_unknown dataset={ds}", lambda: by_alias(home, ds, kind, CHAMPION))
     if champion is None:
-        return None, "from scratch: there is no champion to start from"
+        return None, "from scratch: no champion is known to start from"
     folder = home / "runs" / ds / champion.tags.get("gr.run_folder", "-")
     try:
         manifest = storage.read_manifest(folder)

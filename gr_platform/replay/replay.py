@@ -9,7 +9,7 @@ import logging
 import shutil
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -56,7 +56,6 @@ requests = {shadow}
 share = 1.0
 """
 SERVING = "log_seconds = 1.0\n"
-FIGURES = {"retrieval": {"ndcg_at_10": "ndcg_at_10", "hr_at_10": "hr_at_10"}}
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,11 +291,6 @@ def _compared(kind: Kind, frozen: Any, daily: Any) -> dict[str, Any]:
 
 def _interval(line: Any) -> dict[str, float]:
     return {"value": line.value, "low": line.low, "high": line.high}
-
-
-def with_faults(options: ReplayOptions, faults: Mapping[int, Any]) -> ReplayOptions:
-    """Return the options with faults on some days. Raises ValueError for a day that is not replayed."""
-    return replace(options, stream=replace(options.stream, faults=faults))
 
 
 def remove_state(folder: Path) -> None:

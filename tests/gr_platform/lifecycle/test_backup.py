@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from gr_platform import settings, storage
-from gr_platform.errors import UserError
+from gr_platform.errors import UserError, sentence_for
 from gr_platform.events.landing import active_dataset
 from gr_platform.lifecycle import archive, backup, migration
 from gr_platform.registry import tracking, versions
@@ -312,6 +312,11 @@ def test_a_full_disk_leaves_no_archive_and_is_one_sentence(home: Path, tmp_path:
             with pytest.raises(UserError, match=f"the disk of saved{ending} is full"):
                 backup.backup(home, small / f"saved{ending}", progress=False)
             assert list(small.iterdir()) == []
+        backup.backup(home, tmp_path / "saved.tar.zst", progress=False)
+        with pytest.raises(OSError, match="No space") as refused:
+            backup.restore(small / "home", tmp_path / "saved.tar.zst", progress=False)
+        assert "disk of the state folder is full" in str(sentence_for(refused.value))
+        assert _left(small / "home") == []
     finally:
         subprocess.run(["umount", str(small)], check=True)
 

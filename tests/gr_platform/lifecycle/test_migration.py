@@ -61,6 +61,7 @@ def _dates(home: Path) -> dict[str, int]:
     return {folder.name: storage.read_manifest(folder).facts.get("trained_until_ms") for folder in found}
 
 
+@pytest.mark.slow
 def test_runs_are_dated_and_bundles_exported_again(old: Path, pipeline_home: Path) -> None:
     with pytest.raises(UserError, match="gr materialize"):
         load(_bundles(old)[0])
