@@ -13,7 +13,7 @@ from gr_platform.models.config import Kind
 def judgement(platform: Platform) -> dg.MaterializeResult:
     """Challenger and champion on the same held-out targets: differences with intervals, gates, and the outcome."""
     from gr_platform.lifecycle import judgement as library
-    from gr_platform.registry import promotion, retrainings
+    from gr_platform.registry import card_facts, promotion
     from gr_platform.storage import digest_of
 
     stage = Stage("judgement")
@@ -26,7 +26,7 @@ def judgement(platform: Platform) -> dg.MaterializeResult:
     result = library.judge(home, ds, found)
     facts = result.manifest.facts
     refused = library.reasons(facts)
-    retrainings.log_judgement(home, ds, facts)
+    card_facts.try_record(home, ds, facts)
     return stage.finish(
         digest=result.manifest.digest,
         reused=result.reused,

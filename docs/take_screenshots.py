@@ -1,9 +1,10 @@
 """Screenshots of the two UIs for the documentation, taken of simulated data only.
 
-Run after `gr demo` and `gr up`, and, so that there is something to compare, `gr train --recipe small-sasrec --kind
-retrieval`, `small-transformer` and `small --seed 2`, each with `gr evaluate RUN`:
+Those of the first list after `gr demo` and `gr up`, and, so that there is something to compare, `gr train --recipe
+small-sasrec --kind retrieval`, `small-transformer` and `small --seed 2`, each with `gr evaluate RUN`; those of the
+second after `gr replay --days 7 --poisoned 7 --keep`, with `gr up` in the replay's folder `home`:
 
-    python docs/take_screenshots.py [--dagster URL] [--mlflow URL] [--experiment simulated]
+    python docs/take_screenshots.py {models,lifecycle} [--dagster URL] [--mlflow URL] [--experiment simulated]
 
 Invariant: refuses an experiment whose name does not start with `simulated`; every picture stays below 300 KB.
 """
@@ -12,54 +13,26 @@ import argparse
 import io
 import json
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
-from playwright.sync_api import Page, sync_playwright
+from playwright.sync_api import Page
 
-CHROMIUM = "/usr/bin/chromium"
-# As root in a container without a network: no sandbox, and nothing that calls home.
-ARGUMENTS = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--no-first-run",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--disable-sync",
-]
-GROUPS = ("data", "models", "release")
+from gr_platform.commands.browser import (
+    browser_page,
+    checks_url,
+    compare_url,
+    experiment_number,
+    lineage_url,
+    models_url,
+    runs_url,
+)
+
 MAX_BYTES = 300_000
 WIDTH = 1500
-# What a person clicks away at the first visit.
-SETTINGS = {
-    "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
-    "mlflow.assistant.panelOpen_v1": "false",
-    "mlflow.settings.telemetry": "false",
-}
-
-
-@contextmanager
-def browser_page(width: int = 1900, height: int = 860) -> Iterator[Page]:
-    """Yield a page of headless Chromium with the first-visit dialogues dismissed."""
-    stored = "".join(f"localStorage.setItem({key!r}, {value!r});" for key, value in SETTINGS.items())
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=ARGUMENTS)
-        try:
-            page = browser.new_page(viewport={"width": width, "height": height})
-            page.add_init_script(stored)
-            yield page
-        finally:
-            browser.close()
-
-
-def lineage_url(dagster: str) -> str:
-    """Return the address of the lineage page with every group of assets unfolded."""
-    expanded = "%2C".join(f"global%40global%3A{group}" for group in GROUPS)
-    return f"{dagster}/asset-groups?expanded={expanded}"
+WAIT_MS = 60_000
 
 
 def save(page: Page, path: Path, *, settle_ms: int = 2500) -> None:
@@ -72,42 +45,74 @@ def save(page: Page, path: Path, *, settle_ms: int = 2500) -> None:
         raise RuntimeError(f"{path.name} has {path.stat().st_size} bytes, at most {MAX_BYTES} are allowed")
 
 
-def runs_url(mlflow: str, experiment: str) -> str:
-    """Return the address of an experiment's runs with their charts side by side."""
-    query = f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name={experiment}"
-    with urllib.request.urlopen(query, timeout=30) as answer:
-        number = json.load(answer)["experiment"]["experiment_id"]
-    return f"{mlflow}/#/experiments/{number}/runs?workflowType=machine_learning&compareRunsMode=CHART"
+def seen(page: Page, *texts: str) -> None:
+    """Wait until each text is on the page."""
+    for text in texts:
+        page.get_by_text(text).first.wait_for(timeout=WAIT_MS)
 
 
-def models_url(mlflow: str) -> str:
-    """Return the address of the registered models."""
-    return f"{mlflow}/#/models?workflowType=machine_learning"
+def newest_runs(mlflow: str, experiment: str, kind: str) -> list[str]:
+    """Return the ids of the two newest runs of a kind of model, the older first."""
+    body = {
+        "experiment_ids": [experiment_number(mlflow, experiment)],
+        "filter": f"attributes.run_name LIKE '{kind}-%'",
+        "order_by": ["attributes.start_time DESC"],
+        "max_results": 2,
+    }
+    request = urllib.request.Request(
+        f"{mlflow}/api/2.0/mlflow/runs/search",
+        data=json.dumps(body).encode(),
+        headers={"Content-Type": "application/json"},
+    )
+    with urllib.request.urlopen(request, timeout=30) as answer:
+        return [run["info"]["run_id"] for run in json.load(answer)["runs"]][::-1]
 
 
-def take(dagster: str, mlflow: str, experiment: str, out: Path) -> None:
-    """Write all pictures into `out`."""
-    out.mkdir(parents=True, exist_ok=True)
+def take_models(dagster: str, mlflow: str, experiment: str, out: Path) -> None:
+    """Write the pictures of the graph, an asset, runs side by side and registered models."""
     with browser_page() as page:
         page.goto(lineage_url(dagster))
-        page.get_by_text("deployment").first.wait_for(timeout=60_000)
+        seen(page, "deployment")
         save(page, out / "dagster-lineage.png")
         page.goto(f"{dagster}/assets/retrieval_model")
-        page.get_by_text("num_parameters").first.wait_for(timeout=60_000)
+        seen(page, "num_parameters")
         save(page, out / "dagster-asset.png")
         page.goto(runs_url(mlflow, experiment))
-        page.get_by_text("retrieval-").first.wait_for(timeout=60_000)
+        seen(page, "retrieval-")
         save(page, out / "mlflow-runs.png", settle_ms=6000)
         page.goto(models_url(mlflow))
-        page.get_by_text("champion").first.wait_for(timeout=60_000)
+        seen(page, "champion")
         page.wait_for_timeout(1500)
         page.keyboard.press("Escape")  # the announcement of the alias view
         save(page, out / "mlflow-models.png")
 
 
+def take_lifecycle(dagster: str, mlflow: str, experiment: str, out: Path) -> None:
+    """Write the pictures of a refused challenger, what runs by itself, two runs compared and the aliases."""
+    with browser_page() as page:
+        page.goto(checks_url(dagster, "judgement", "gates"))
+        seen(page, "gates", "Warning")
+        save(page, out / "dagster-gates.png")
+        page.goto(f"{dagster}/automation")
+        seen(page, "daily_retraining", "champion")
+        save(page, out / "dagster-automation.png")
+        page.goto(compare_url(mlflow, experiment, newest_runs(mlflow, experiment, "retrieval")))
+        seen(page, "Comparing 2 Runs")
+        save(page, out / "mlflow-compare.png", settle_ms=6000)
+        page.goto(models_url(mlflow))
+        seen(page, "champion", "previous", "challenger")
+        page.wait_for_timeout(1500)
+        page.keyboard.press("Escape")  # the announcement of the alias view
+        save(page, out / "mlflow-aliases.png")
+
+
+LISTS: dict[str, Callable[[str, str, str, Path], None]] = {"models": take_models, "lifecycle": take_lifecycle}
+
+
 def main() -> None:
     """Parse the arguments and take the pictures."""
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("list", choices=LISTS)
     parser.add_argument("--dagster", default="http://127.0.0.1:3000")
     parser.add_argument("--mlflow", default="http://127.0.0.1:5000")
     parser.add_argument("--experiment", default="simulated")
@@ -115,7 +120,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if not arguments.experiment.startswith("simulated"):
         parser.error("pictures in the documentation show simulated data only")
-    take(arguments.dagster, arguments.mlflow, arguments.experiment, arguments.out)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    LISTS[arguments.list](arguments.dagster, arguments.mlflow, arguments.experiment, arguments.out)
 
 
 if __name__ == "__main__":

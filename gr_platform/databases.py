@@ -6,6 +6,7 @@ Invariant: no text made here holds an address. Asked before the libraries ask, w
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from gr_platform import settings
@@ -19,6 +20,13 @@ def require() -> None:
     """Raise UserError unless every database that the environment names answers."""
     for name, address in configured().items():
         require_answer(name, address)
+
+
+def require_instance(dagster_home: Path) -> None:
+    """Raise UserError unless the PostgreSQL of a Dagster instance answers, if that is where its storage is."""
+    written, address = dagster_home / "dagster.yaml", settings.dagster_db()
+    if address and written.is_file() and settings.DAGSTER_DB in written.read_text(encoding="utf-8"):
+        require_answer(settings.DAGSTER_DB, address)
 
 
 def configured() -> dict[str, str]:

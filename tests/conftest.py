@@ -13,6 +13,9 @@ from gr_platform import settings
 # Read when a function of Triton's is decorated, those of its own library too, so before any test module imports it.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+# Tests have state folders of their own, and must not write into the databases of whoever runs them.
+for _name in (settings.MLFLOW_DB, settings.DAGSTER_DB):
+    os.environ.pop(_name, None)
 
 
 @pytest.fixture(scope="session")

@@ -205,3 +205,9 @@ def test_a_database_that_is_gone_at_the_start_is_one_sentence(
         assert expected in done.stderr
         assert variable in done.stderr
         assert server.password not in done.stderr + (tmp_path / "logs" / "gr.log").read_text()
+
+
+def test_another_state_folder_keeps_its_registry_in_itself(home: Path, tmp_path: Path) -> None:
+    assert tracking.tracking_uri(tmp_path) == f"sqlite:///{tmp_path}/mlflow.db"
+    assert not tracking.exists(tmp_path)
+    assert tracking.tracking_uri(home) == settings.mlflow_db()

@@ -24,6 +24,7 @@ BENCHES = {
     "ingest": ("gr_platform.events.bench:run", "a log to sequences, stage by stage, against a bare sort (1 min)"),
     "reader": ("gr_platform.sequences.bench:run", "training batches a second from warm files (1 min)"),
     "serving": ("serving.bench:run", "model server: the engine, gRPC, latency against load, swaps (8 min)"),
+    "lifecycle": ("gr_platform.replay.bench:run", "a replay of 7 days, promotion, rollback, code and lineage (10 min)"),
 }
 AOT_PROCESSES = 2
 MIN_EVENTS = 20_000

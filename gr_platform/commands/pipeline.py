@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from gr_platform import settings, storage
+from gr_platform import databases, settings, storage
 from gr_platform.errors import UserError
 from gr_platform.models import recipe_files
 
@@ -124,6 +124,7 @@ def _execute(
 
     (home / "logs").mkdir(parents=True, exist_ok=True)
     run_config = config | {"loggers": {"file": {"config": {"path": str(home / "logs" / LOG_FILE)}}}}
+    databases.require_instance(dagster_home)
     opened = DagsterInstance.local_temp(str(dagster_home), overrides=TO_TERMINAL)
     with opened as instance, _listening(on_stage) as finished:
         runs.close_dead(instance)

@@ -31,7 +31,7 @@ WAIT_S = 3600.0
 LOCKS = ("stages", "landing", "mlflow")
 DAGSTER = "dagster_home"
 # Of the state folder: what only running programs have, and what can be had again.
-_LEFT_OUT = {"logs", "services.json", "serving", "downloads", migration.RESTORING}
+_LEFT_OUT = {"logs", "services.json", "serving", "downloads", "replays", migration.RESTORING}
 _PASSING = (*storage.TEMPORARY, ".writing-")
 _WORKING = ".gr-backup-"
 _SQLITE = b"SQLite format 3\0"

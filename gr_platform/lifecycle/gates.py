@@ -6,6 +6,7 @@ measured objects: silence is not consent.
 A figure's difference is challenger minus champion.
 """
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -73,8 +74,9 @@ class Verdict:
     why: str
 
     def to_json(self) -> dict[str, Any]:
-        """Return the fields as JSON has them."""
-        return asdict(self)
+        """Return the fields as JSON has them, which knows no NaN: a value that is none is None there."""
+        value = self.value if self.value is not None and math.isfinite(self.value) else None
+        return asdict(self) | {"value": value}
 
 
 # Gate -> what it asks, for `gr gates` and the documentation.
@@ -138,7 +140,8 @@ def _unmeasured(gate: str, bound: float | None = None) -> Verdict:
 def _parity(evidence: Evidence) -> Verdict:
     if not evidence.parity:
         return _unmeasured("parity")
-    kind, worst = max(evidence.parity.items(), key=lambda each: each[1])
+    # Before any number: Python's max() lets a NaN pass as the smaller one.
+    kind, worst = max(evidence.parity.items(), key=lambda each: (math.isnan(each[1]), each[1]))
     # Not `worst > 1`: a NaN must not pass.
     ok = worst <= 1
     return _verdict("parity", ok, worst, 1.0, f"the {kind} bundle's largest error is {worst:.3g} of what is allowed")

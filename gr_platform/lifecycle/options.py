@@ -4,7 +4,7 @@ Invariant: bounds are data. What a gate or a check measures stands in code, from
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gr_platform import option_files
@@ -29,7 +29,7 @@ class Schedule:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retraining:
-    """recipe: as `gr train` takes it. num_processes: that share each step.
+    """recipe: as `gr train` takes it, a file from the state folder on. num_processes: that share each step.
 
     window_days: how much of the log's end is held out to judge on, in whole UTC days; it is widened until it asks
     min_targets users. warm_epochs: at most, of a warm start (from scratch: the recipe's).
@@ -153,8 +153,14 @@ class LifecycleOptions:
 
 
 def read(home: Path) -> LifecycleOptions:
-    """Return the options in `lifecycle.toml` of a state folder, or the defaults. Raises UserError naming the option."""
-    return option_files.read(home / FILE, LifecycleOptions)
+    """Return the options in `lifecycle.toml` of a state folder, or the defaults. Raises UserError naming the option.
+
+    A recipe that is a file is looked for from the state folder on.
+    """
+    found = option_files.read(home / FILE, LifecycleOptions)
+    if not found.retraining.recipe.endswith(".toml"):
+        return found
+    return replace(found, retraining=replace(found.retraining, recipe=str(home / found.retraining.recipe)))
 
 
 def _at_least(name: str, value: float, least: float) -> None:

@@ -4,11 +4,12 @@ Invariant: aliases move last, so `champion` never names a pair that the server r
 later, or was gone meanwhile, is brought to what the alias names by `reconcile`.
 """
 
+import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, cast
 
 from gr_platform import storage
 from gr_platform.errors import UserError
@@ -20,7 +21,10 @@ from gr_platform.registry.promotion import Pair
 from gr_platform.registry.versions import Version
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
 
+# Aliases are read, the server is swapped, aliases are moved: nobody else may do so in between.
+LOCK, WAIT_S = "release", 600.0
 Outcome = Literal["promoted", "already champion", "refused", "in the shadow", "rolled back"]
 
 
@@ -42,6 +46,18 @@ class Release:
         return self.outcome
 
 
+def _alone(act: Callable[P, Release]) -> Callable[P, Release]:
+    """Return the act, done by one program at a time in a state folder, its first argument."""
+
+    @functools.wraps(act)
+    def alone(*args: P.args, **named: P.kwargs) -> Release:
+        with storage.exclusive(cast(Path, args[0]), LOCK, wait_s=WAIT_S):
+            return act(*args, **named)
+
+    return alone
+
+
+@_alone
 def release(home: Path, ds: str, *, force: bool = False) -> Release:
     """Judge the data set's challengers and let the pair serve that may: the passing one, else the champions.
 
@@ -51,8 +67,9 @@ def release(home: Path, ds: str, *, force: bool = False) -> Release:
     """
     # Not at the top: whoever rolls back need not wait for torch.
     from gr_platform.lifecycle import judgement
+    from gr_platform.registry import card_facts
 
-    finish_rollback(home, ds)
+    finish_interrupted(home, ds)
     found = promotion.contest(home, ds)
     if not found.is_new:
         return _serve(home, ds, found.reigning, "already champion")
@@ -61,7 +78,7 @@ def release(home: Path, ds: str, *, force: bool = False) -> Release:
     if not reasons or (force and not _broken(judged)):
         done = _serve(home, ds, found.pair, "promoted")
         promotion.crown(home, found, against="; ".join(reasons))
-        retrainings.log_outcome(home, found.pair.values(), "promoted")
+        card_facts.try_record(home, ds, judged, outcome="promoted")
         return replace(done, champions=promotion.champions(home, ds))
     if not found.reigning:
         promotion.refuse(home, found.pair, reasons)
@@ -72,52 +89,46 @@ def release(home: Path, ds: str, *, force: bool = False) -> Release:
     return _serve(home, ds, found.reigning, "refused", reasons)
 
 
+@_alone
 def rollback(home: Path, ds: str) -> Release:
     """Let the pair serve again that served before the champions.
 
     Raises UserError if there is none, or a bundle is gone. Killed at any place, it is finished by the next call, or by
     the next deployment.
     """
+    _finish_promotion(home, ds)
     reigning, before = promotion.retreat(home, ds)
     for kind, version in before.items():
         bundle_of(home, ds, kind, version)
     promotion.mark_taken_back(home, reigning, before)
     done = _serve(home, ds, before, "rolled back")
     promotion.take_back(home, reigning, before)
+    retrainings.log_outcome(home, reigning.values(), "rolled back")
     return replace(done, champions=promotion.champions(home, ds))
 
 
-def finish_rollback(home: Path, ds: str) -> None:
-    """Finish a rollback that was killed half-way, if there is one."""
-    if any(promotion.ROLLED_BACK in version.tags for version in promotion.champions(home, ds).values()):
+def finish_interrupted(home: Path, ds: str) -> None:
+    """Finish a promotion or rollback that was killed between two of its aliases, if there is one."""
+    _finish_promotion(home, ds)
+    if any(promotion.is_retreating(version) for version in promotion.champions(home, ds).values()):
         log.warning("event=rollback_finished dataset=%s", ds)
         rollback(home, ds)
 
 
+def _finish_promotion(home: Path, ds: str) -> None:
+    if half := promotion.interrupted(home, ds):
+        log.warning("event=promotion_finished dataset=%s", ds)
+        promotion.crown(home, half)
+
+
+@_alone
 def reconcile(home: Path, ds: str) -> Release:
     """Bring repository and server to the champions that the aliases name. Raises UserError if there are none."""
-    finish_rollback(home, ds)
+    finish_interrupted(home, ds)
     champions = promotion.champions(home, ds)
     if not champions:
         raise UserError(f"no pair of {ds} is champion yet; run gr materialize or gr promote first")
     return _serve(home, ds, champions, "already champion")
-
-
-def is_served(home: Path, ds: str, pair: Pair) -> bool:
-    """Return whether the model repository holds the bundles of a pair."""
-    wanted = {kind: storage.read_manifest(bundle_of(home, ds, kind, version)).digest for kind, version in pair.items()}
-    return wanted == served_digests(home)
-
-
-def served_digests(home: Path) -> dict[Kind, str]:
-    """Return kind -> digest of the bundle that the model repository holds, {} where it holds none."""
-    models: dict[Kind, str] = {"retrieval": "gr_retriever", "ranking": "gr_ranker"}
-    found: dict[Kind, str] = {}
-    for kind, model in models.items():
-        bundle = home / "model_repository" / model / "1" / "bundle"
-        if (bundle / storage.MANIFEST).is_file():
-            found[kind] = storage.read_manifest(bundle).digest
-    return found
 
 
 def _serve(

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from gr_platform import storage
+from gr_platform import settings, storage
 from gr_platform.errors import UserError
 from gr_platform.lifecycle import options
 from gr_platform.registry import expiry
+from gr_platform.registry.versions import CHAMPION
 from serving import repository, swap
 from serving.server import LOCK
 
@@ -103,8 +104,10 @@ def _plan(home: Path, ds: str, keep: options.Retention, now: float) -> Cleaning:
     pairs = list(_pairs(home, ds, now, left_alone))
     leftovers += _leftovers(home / PAIRS, now - limit_s)
     kept_pairs = _kept_pairs(home, pairs, limit_s)
+    roles = expiry.roles(home, ds)
+    _require_known(home, ds, pairs, roles)
     served = {str(pair.spec.get(kind)) for pair in kept_pairs for kind in ("retrieval", "ranking", "shadow")}
-    kept = _kept(home, ds, results, limit_s, served)
+    kept = _kept(home, ds, results, limit_s, served, roles)
     doomed = [each for each in [*results, *pairs] if each not in kept and each not in kept_pairs]
     kept_runs = {each.manifest.digest for each in kept if each.manifest and each.kind in MODELS}
     old = expiry.old_versions(home, ds, kept_runs, (now - limit_s) * 1000)
@@ -120,10 +123,26 @@ def _plan(home: Path, ds: str, keep: options.Retention, now: float) -> Cleaning:
     )
 
 
-def _kept(home: Path, ds: str, results: list[_Found], limit_s: float, served: set[str]) -> list[_Found]:
+def _require_known(home: Path, ds: str, pairs: list[_Found], roles: Mapping[str, tuple[str, ...]]) -> None:
+    """Raise UserError where models are served that the registry knows no champion of: it is another one, or empty."""
+    is_served = repository.current(home) in {pair.folder for pair in pairs if pair.manifest}
+    if is_served and not any(CHAMPION in aliases for aliases in roles.values()):
+        raise UserError(
+            f"models of {ds} are served, but the registry names no champion of it, so nobody can say what is needed; "
+            f"nothing was deleted: check {settings.MLFLOW_DB}, or name the champion with gr promote"
+        )
+
+
+def _kept(
+    home: Path,
+    ds: str,
+    results: list[_Found],
+    limit_s: float,
+    served: set[str],
+    roles: Mapping[str, tuple[str, ...]],
+) -> list[_Found]:
     """Return the results that stay: those that somebody names, the young ones, and what these read."""
     named = _current(home, ds)
-    roles = expiry.roles(home, ds)
     current = next((each.manifest for each in results if each.kind == "sequences" and each.folder in named), None)
 
     def is_root(each: _Found) -> bool:

@@ -118,7 +118,7 @@ def _parent(
         until = trained_until(dataset, folder)
     except (UserError, FileNotFoundError):
         return None, f"from scratch: the champion's run {folder.name} is gone"
-    if promotion.ROLLED_BACK in champion.tags:
+    if promotion.is_retreating(champion):
         return None, "from scratch: the champion is being rolled back"
     if Recipe.from_json(manifest.spec["recipe"]).model != recipe.model:
         return None, "from scratch: the champion is of another recipe"

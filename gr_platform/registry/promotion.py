@@ -18,7 +18,9 @@ from gr_platform.registry.versions import CHALLENGER, CHAMPION, KINDS, PREVIOUS,
 log = logging.getLogger(__name__)
 
 REASONS, PROMOTED, FORCED = "gr.refused", "gr.promoted", "gr.promoted_against"
-ROLLED_BACK, ROLLED_BACK_TO = "gr.rolled_back", "gr.rolled_back_to"
+ROLLED_BACK = "gr.rolled_back"
+# On versions that a promotion or rollback has begun with and not ended: to which pair.
+PROMOTING, RETREATING = "gr.promoting", "gr.rolling_back_to"
 MAX_TAG_CHARS = 4000
 Pair = Mapping[Kind, Version]
 
@@ -60,26 +62,45 @@ def previous(home: Path, ds: str) -> dict[Kind, Version]:
 
 
 def crown(home: Path, found: Contest, *, against: str = "") -> None:
-    """Make the pair the champions and remember those before; `against`: what it was promoted in spite of."""
-    # In this order a promotion that is killed half-way is judged and finished by the next one.
+    """Make the pair the champions and remember those before; `against`: what it was promoted in spite of.
+
+    Killed half-way, it is finished by the next call, with the contest that `interrupted` returns.
+    """
+    mark = {PROMOTING: _numbers(found.pair), **({FORCED: against[:MAX_TAG_CHARS]} if against else {})}
     for kind, version in found.pair.items():
-        before = found.reigning.get(kind)
-        if before is not None and before.version != version.version:
+        if kind not in found.reigning or found.reigning[kind].version != version.version:
+            versions.drop_tag(home, version, RETREATING)
+            versions.set_tags(home, version, mark)
+    for before in found.reigning.values() if found.is_new else ():
+        # A marked one reigns by this very promotion.
+        if PROMOTING not in before.tags:
             versions.move_alias(home, before, PREVIOUS)
     for version in found.pair.values():
         versions.move_alias(home, version, CHAMPION)
     for version in found.pair.values():
         if CHALLENGER in version.aliases:
             versions.drop_alias(home, version, CHALLENGER)
-        for tag in (REASONS, ROLLED_BACK, ROLLED_BACK_TO):
+        for tag in (REASONS, ROLLED_BACK):
             versions.drop_tag(home, version, tag)
-        versions.set_tags(home, version, {PROMOTED: _now(), **({FORCED: against[:MAX_TAG_CHARS]} if against else {})})
+        versions.set_tags(home, version, {PROMOTED: _now()})
         log.info("event=promoted name=%s version=%s against=%r", version.name, version.version, against)
+    # Last, as long as any of them has it the promotion is not over.
+    for version in found.pair.values():
+        versions.drop_tag(home, versions.numbered(home, version.name, version.version), PROMOTING)
+
+
+def interrupted(home: Path, ds: str) -> Contest | None:
+    """Return the promotion that was killed after one of its pair had become champion, None if none was."""
+    reigning = champions(home, ds)
+    marks = [version.tags[PROMOTING] for version in reigning.values() if PROMOTING in version.tags]
+    return Contest(pair=_numbered(home, ds, marks[0]), reigning=reigning) if marks else None
 
 
 def refuse(home: Path, pair: Pair, reasons: list[str]) -> None:
-    """Let the pair stay challenger, with the reasons as a tag."""
+    """Let the pair stay challenger, with the reasons as a tag of those that do not reign already."""
     for version in pair.values():
+        if CHAMPION in version.aliases:
+            continue
         versions.set_tags(home, version, {REASONS: "; ".join(reasons)[:MAX_TAG_CHARS]})
     log.warning("event=promotion_refused reasons=%s", " | ".join(reasons))
 
@@ -90,10 +111,10 @@ def retreat(home: Path, ds: str) -> tuple[dict[Kind, Version], dict[Kind, Versio
     Of a rollback that was killed half-way those that it left. Raises UserError if nothing served before.
     """
     now, before = champions(home, ds), previous(home, ds)
-    left = {kind: version for kind, version in now.items() if ROLLED_BACK in version.tags}
-    if left:
-        back = {kind: versions.numbered(home, v.name, v.tags[ROLLED_BACK_TO]) for kind, v in left.items()}
-        return left, now | back
+    marks = [version.tags[RETREATING] for version in now.values() if RETREATING in version.tags]
+    if marks:
+        back = _numbered(home, ds, marks[0])
+        return {kind: version for kind, version in now.items() if version.version != back[kind].version}, back
     if not now or not before:
         raise UserError(f"no pair of {ds} served before the present one, so there is nothing to go back to")
     return now, before
@@ -102,8 +123,8 @@ def retreat(home: Path, ds: str) -> tuple[dict[Kind, Version], dict[Kind, Versio
 def mark_taken_back(home: Path, reigning: Pair, before: Pair) -> None:
     """Record that champions are taken back, and for whom: from then on nothing brings them back by itself."""
     for kind, version in reigning.items():
-        tags = {ROLLED_BACK_TO: before[kind].version, ROLLED_BACK: _now()}
-        versions.set_tags(home, version, tags)
+        if version.version != before[kind].version:
+            versions.set_tags(home, version, {RETREATING: _numbers(before), ROLLED_BACK: _now()})
 
 
 def take_back(home: Path, reigning: Pair, before: Pair) -> None:
@@ -113,10 +134,18 @@ def take_back(home: Path, reigning: Pair, before: Pair) -> None:
         versions.move_alias(home, version, PREVIOUS)
         if CHALLENGER in version.aliases:
             versions.drop_alias(home, version, CHALLENGER)
-        for tag in (ROLLED_BACK, ROLLED_BACK_TO):
+        for tag in (ROLLED_BACK, RETREATING):
             versions.drop_tag(home, before[kind], tag)
         versions.move_alias(home, before[kind], CHAMPION)
         log.warning("event=rolled_back name=%s version=%s", version.name, version.version)
+    # Whoever makes one of them champion again by hand wants it to serve.
+    for version in reigning.values():
+        versions.drop_tag(home, versions.numbered(home, version.name, version.version), RETREATING)
+
+
+def is_retreating(version: Version) -> bool:
+    """Return whether a champion is being rolled back: a rollback was killed half-way, or is under way."""
+    return RETREATING in version.tags
 
 
 def _whole(home: Path, ds: str, alias: str) -> dict[Kind, Version]:
@@ -124,6 +153,17 @@ def _whole(home: Path, ds: str, alias: str) -> dict[Kind, Version]:
     found = {kind: version for kind, version in held.items() if version is not None}
     # One alone is what a promotion leaves that was killed half-way: it never served.
     return found if len(found) == len(KINDS) else {}
+
+
+def _numbers(pair: Pair) -> str:
+    """Return a pair as a tag holds it: `retrieval=2 ranking=2`."""
+    return " ".join(f"{kind}={version.version}" for kind, version in pair.items())
+
+
+def _numbered(home: Path, ds: str, numbers: str) -> dict[Kind, Version]:
+    """Return the pair that a tag names."""
+    found = dict(each.split("=") for each in numbers.split())
+    return {kind: versions.numbered(home, versions.model_name(ds, kind), found[kind]) for kind in KINDS}
 
 
 def _contender(home: Path, ds: str, kind: Kind) -> Version:

@@ -53,12 +53,17 @@ class TrackedRun:
 
 def tracking_uri(home: Path) -> str:
     """Return the address of the registry of a state folder: `GR_MLFLOW_DB`, or SQLite in there. It may be secret."""
-    return settings.mlflow_db() or f"sqlite:///{home / DATABASE}"
+    return _postgres(home) or f"sqlite:///{home / DATABASE}"
+
+
+def _postgres(home: Path) -> str | None:
+    """Return `GR_MLFLOW_DB` if the state folder is GR_HOME: others, such as a replay's, keep theirs in themselves."""
+    return settings.mlflow_db() if home.resolve() == settings.home() else None
 
 
 def exists(home: Path) -> bool:
     """Return whether there is a registry, without making one. Raises UserError if its PostgreSQL does not answer."""
-    address = settings.mlflow_db()
+    address = _postgres(home)
     return databases.has_table(address, "registered_models") if address else (home / DATABASE).is_file()
 
 
@@ -67,7 +72,7 @@ def connect(home: Path) -> "MlflowClient":
 
     Raises UserError if its PostgreSQL does not answer.
     """
-    if address := settings.mlflow_db():
+    if address := _postgres(home):
         databases.require_answer(settings.MLFLOW_DB, address)
     os.environ["MLFLOW_DISABLE_TELEMETRY"] = "true"
     os.environ["MLFLOW_ALLOW_PICKLE_DESERIALIZATION"] = "false"

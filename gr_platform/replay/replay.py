@@ -138,7 +138,7 @@ def _settle(home: Path, options: ReplayOptions) -> None:
     recipe = options.recipe
     if not recipe:
         (home / "replay.toml").write_text(RECIPE, encoding="utf-8")
-        recipe = str(home / "replay.toml")
+        recipe = "replay.toml"
     text = LIFECYCLE.format(recipe=recipe, warm_epochs=options.warm_epochs, shadow=options.shadow)
     (home / "lifecycle.toml").write_text(text, encoding="utf-8")
     (home / "serving.toml").write_text(SERVING, encoding="utf-8")

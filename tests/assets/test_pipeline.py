@@ -11,6 +11,8 @@ from assets.resources import Platform
 from gr_platform import storage
 from gr_platform.commands import pipeline
 from gr_platform.errors import UserError
+from gr_platform.lifecycle import release
+from gr_platform.lifecycle.folders import bundle_of
 from gr_platform.registry import promotion, tracking, versions
 
 ASSETS = [
@@ -273,4 +275,4 @@ def test_failing_user_input_is_one_sentence_and_changes_nothing(home: Path) -> N
 def test_a_pair_without_a_bundle_is_refused_by_name(home: Path) -> None:
     shutil.rmtree(storage.current(home / "bundles" / DS, "ranking"))
     with pytest.raises(UserError, match="simulated-ranking version 1 has no bundle"):
-        deploy.deploy(home, DS)
+        release.release(home, DS)

@@ -270,6 +270,14 @@ def test_without_the_registry_nothing_is_deleted(
     assert _folders(home) == before
 
 
+def test_a_registry_that_does_not_know_who_serves_deletes_nothing(home: Path, older: Generation) -> None:
+    before = _folders(home)
+    (home / tracking.DATABASE).unlink()
+    with pytest.raises(UserError, match="the registry names no champion"):
+        retention.clean(home, DS)
+    assert _folders(home) == before
+
+
 def test_while_a_stage_runs_nothing_is_deleted(home: Path, older: Generation) -> None:
     before = _folders(home)
     with FileLock(home / ".stages.lock"), pytest.raises(UserError, match="another program works on the stages"):
