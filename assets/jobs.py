@@ -76,9 +76,9 @@ def retraining_config(options: LifecycleOptions, start: Start, **platform: Any) 
     return _config(dict.fromkeys(TRAINED, trained), platform)
 
 
-def deploying_config(**platform: Any) -> dict[str, Any]:
+def deploying_config(*, champion_only: bool = True, **platform: Any) -> dict[str, Any]:
     """Return the run config of `deploying`. platform: fields of the resource `Platform`."""
-    return _config({"deployment": {"champion_only": True}}, {"alone": False} | platform)
+    return _config({"deployment": {"champion_only": champion_only}}, {"alone": False} | platform)
 
 
 def retraining_tags(options: LifecycleOptions, start: Start, reason: str) -> dict[str, str]:

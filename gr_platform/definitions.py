@@ -24,6 +24,7 @@ from assets import (
     sensors,
     sequences,
     served,
+    shadow,
     training,
 )
 from assets.resources import Platform, StateFolder
@@ -70,7 +71,7 @@ defs = dg.Definitions(
     asset_checks=dg.load_asset_checks_from_modules([data_checks, model_checks, judgement, drift_checks]),
     jobs=jobs.jobs(_options),
     schedules=automation.schedules(_options),
-    sensors=sensors.sensors,
+    sensors=[*sensors.sensors, shadow.shadow],
     resources={"platform": Platform(), "state_folder": StateFolder(), "lab": experiments.Experiments()},
     executor=dg.in_process_executor,
     loggers={"console": dg.colored_console_logger, "file": file_logger},

@@ -161,10 +161,9 @@ def test_a_server_that_stops_in_the_middle_is_named_and_the_same_call_goes_on_af
 def test_the_registry_of_a_moved_state_folder_names_the_files_in_it(home: Path, tmp_path: Path) -> None:
     version = register(home, "a")
     addresses = []
-    moves = ((home, tmp_path), (home, tmp_path), (tmp_path, home))
-    rewritten = [relocation.relocate(tracking.tracking_uri(home), *moved) for moved in moves[:2]]
+    rewritten = [relocation.relocate(tracking.tracking_uri(home), tmp_path) for _ in range(2)]
     addresses.append(tracking.connect(home).get_model_version_download_uri(version.name, version.version))
-    rewritten.append(relocation.relocate(tracking.tracking_uri(home), *moves[2]))
+    rewritten.append(relocation.relocate(tracking.tracking_uri(home), home))
     addresses.append(tracking.connect(home).get_model_version_download_uri(version.name, version.version))
     assert rewritten[0] >= 4
     assert rewritten == [rewritten[0], 0, rewritten[0]]

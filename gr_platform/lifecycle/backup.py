@@ -240,13 +240,12 @@ def _unpack(home: Path, path: Path, tree: Path, *, registry: bool, progress: boo
         header = archive.unpack(path, tree, bar)
     if header.layout > migration.LAYOUT:
         raise UserError(f"{path.name} was made by a newer release ({header.release}); restore it with that one")
-    before = Path(header.home)
     database = tree / "mlflow.db"
     relocated = 0
     if database.is_file():
-        relocated = relocation.relocate(f"sqlite:///{database}", before, home)
+        relocated = relocation.relocate(f"sqlite:///{database}", home)
     if registry and (address := settings.mlflow_db()):
-        relocated += relocation.relocate(address, before, home)
+        relocated += relocation.relocate(address, home)
     return Copied(header=header, num_bytes=header.num_bytes, relocated=relocated)
 
 

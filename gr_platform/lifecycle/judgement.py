@@ -134,9 +134,6 @@ def _common_split(dataset: SequenceDataset, challenger: Side, champion: Side | N
     """Return where to judge (None: leave-one-out's last exposures), and why there is no such place, "" if there is."""
     splits = {split_of(folder) for folder in challenger.runs.values()}
     runs = [*challenger.runs.values(), *(champion.runs.values() if champion else ())]
-    stale = [folder.name for folder in challenger.runs.values() if _sequences(folder) != dataset.digest]
-    if stale:
-        return None, f"{stale[0]} was trained on earlier data than the newest; train again first: gr retrain"
     if len(splits) > 1:
         return None, "its two models were trained on different splits of the log; train both the same way: gr retrain"
     split = splits.pop()

@@ -15,7 +15,10 @@ _CRON = re.compile(r"\S+( \S+){4}")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Schedule:
-    """When things happen, as cron lines in UTC; "" = never. daily: a warm start; weekly: from scratch."""
+    """When things happen, as cron lines in UTC; "" = never. ingest: of the day that ended.
+
+    daily: a retraining from the champion's weights; weekly: one from scratch.
+    """
 
     ingest: str = "30 0 * * *"
     daily: str = "0 2 * * *"
@@ -127,9 +130,10 @@ class Drift:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Retention:
-    """How long what nobody refers to is kept: trained runs with their evaluations, bundles, sequences; MLflow's runs.
+    """How long what nobody refers to is kept.
 
-    What an alias names or a pointer calls current stays, however old.
+    keep_days: trained runs with their evaluations, bundles, sequences. keep_mlflow_days: MLflow's runs. What an alias
+    names or a pointer calls current stays, however old.
     """
 
     keep_days: float = 14.0

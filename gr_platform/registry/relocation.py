@@ -1,9 +1,12 @@
 """MLflow's store after its state folder moved: it holds the addresses of files with the whole path.
 
-Invariant: only addresses below the folder that was left are rewritten, so doing it twice changes nothing more.
+Invariant: only addresses of files in the artifact folder of some state folder are rewritten, so doing it twice changes
+nothing more, and what lies elsewhere (an object store) stays.
 """
 
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 # Table -> column: where MLflow writes the address of a file.
 ADDRESSES = {
@@ -12,31 +15,41 @@ ADDRESSES = {
     "logged_models": "artifact_location",
     "model_versions": "storage_location",
 }
+_INSIDE = "/mlartifacts/"
 
 
-def relocate(address: str, before: Path, after: Path) -> int:
-    """Let a store name its files below `after` instead of `before`; return how many addresses were rewritten.
+def relocate(address: str, home: Path) -> int:
+    """Let a store name its files below the state folder `home`; return how many addresses were rewritten.
 
-    address: of the store, for SQLAlchemy.
+    address: of the store, for SQLAlchemy. Whatever folder they name is replaced: the one that the store was made in, or
+    an earlier one, if it was copied by other means since.
     """
     import sqlalchemy as sa
 
-    if before == after:
-        return 0
-    old, new = f"{before.as_uri()}/", f"{after.as_uri()}/"
     engine = sa.create_engine(address)
-    num_rewritten = 0
     try:
         with engine.begin() as connection:
-            there = sa.inspect(connection).get_table_names()
-            for table, name in ADDRESSES.items():
-                if table not in there:
-                    continue
-                column = sa.column(name, sa.String)
-                moved = sa.literal(new).concat(sa.func.substr(column, len(old) + 1))
-                change = sa.update(sa.table(table, column)).values({name: moved})
-                done = connection.execute(change.where(column.startswith(old, autoescape=True)))
-                num_rewritten += done.rowcount
+            there = set(sa.inspect(connection).get_table_names())
+            return sum(_relocate(connection, table, name, home) for table, name in ADDRESSES.items() if table in there)
     finally:
         engine.dispose()
+
+
+def _relocate(connection: Any, table: str, name: str, home: Path) -> int:
+    import sqlalchemy as sa
+
+    column, new = sa.column(name, sa.String), f"{home.as_uri()}{_INSIDE}"
+    stored = sa.select(column).distinct().select_from(sa.table(table, column))
+    num_rewritten = 0
+    for old in sorted({*_folders(connection.execute(stored).scalars())} - {new}):
+        moved = sa.literal(new).concat(sa.func.substr(column, len(old) + 1))
+        change = sa.update(sa.table(table, column)).values({name: moved})
+        num_rewritten += connection.execute(change.where(column.startswith(old, autoescape=True))).rowcount
     return num_rewritten
+
+
+def _folders(addresses: Iterator[str | None]) -> Iterator[str]:
+    """Yield the artifact folder of each address that is in one."""
+    for each in addresses:
+        if each and each.startswith("file:///") and _INSIDE in each:
+            yield each.rpartition(_INSIDE)[0] + _INSIDE

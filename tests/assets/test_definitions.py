@@ -50,6 +50,7 @@ SENSORS = {
     "inbox": ("landing_day", 15),
     "champion": ("deploying", 30),
     "drift": ("retraining", 300),
+    "shadow": ("deploying", 60),
     "failures": (None, 15),
     "failed_checks": (None, 15),
     "lost_runs": (None, 60),
