@@ -39,11 +39,10 @@ def _relocate(connection: Any, table: str, name: str, home: Path) -> int:
     import sqlalchemy as sa
 
     column, new = sa.column(name, sa.String), f"{home.as_uri()}{_INSIDE}"
-    stored = sa.select(column).distinct().select_from(sa.table(table, column))
-    num_rewritten = 0
-    for old in sorted({*_folders(connection.execute(stored).scalars())} - {new}):
+    rows, num_rewritten = sa.table(table, column), 0
+    for old in sorted({*_folders(connection.execute(sa.select(column).distinct()).scalars())} - {new}):
         moved = sa.literal(new).concat(sa.func.substr(column, len(old) + 1))
-        change = sa.update(sa.table(table, column)).values({name: moved})
+        change = sa.update(rows).values({name: moved})
         num_rewritten += connection.execute(change.where(column.startswith(old, autoescape=True))).rowcount
     return num_rewritten
 
