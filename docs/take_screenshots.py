@@ -26,6 +26,7 @@ from gr_platform.commands.browser import (
     compare_url,
     experiment_number,
     lineage_url,
+    model_url,
     models_url,
     runs_url,
 )
@@ -91,7 +92,8 @@ def take_lifecycle(dagster: str, mlflow: str, experiment: str, out: Path) -> Non
     """Write the pictures of a refused challenger, what runs by itself, two runs compared and the aliases."""
     with browser_page() as page:
         page.goto(checks_url(dagster, "judgement", "gates"))
-        seen(page, "gates", "Warning")
+        seen(page, "Latest execution", "window: one item holds")
+        page.get_by_text("[Show Markdown]").click()
         save(page, out / "dagster-gates.png")
         page.goto(f"{dagster}/automation")
         seen(page, "daily_retraining", "champion")
@@ -99,10 +101,10 @@ def take_lifecycle(dagster: str, mlflow: str, experiment: str, out: Path) -> Non
         page.goto(compare_url(mlflow, experiment, newest_runs(mlflow, experiment, "retrieval")))
         seen(page, "Comparing 2 Runs")
         save(page, out / "mlflow-compare.png", settle_ms=6000)
-        page.goto(models_url(mlflow))
+        page.goto(model_url(mlflow, f"{experiment}-ranking"))
         seen(page, "champion", "previous", "challenger")
-        page.wait_for_timeout(1500)
-        page.keyboard.press("Escape")  # the announcement of the alias view
+        # Versions and their roles stand below the description and the tags.
+        page.get_by_text("Version 1", exact=True).first.scroll_into_view_if_needed()
         save(page, out / "mlflow-aliases.png")
 
 

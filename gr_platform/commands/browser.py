@@ -87,6 +87,11 @@ def models_url(mlflow: str) -> str:
     return f"{mlflow}/#/models?workflowType=machine_learning"
 
 
+def model_url(mlflow: str, name: str) -> str:
+    """Return the address of a registered model with its versions and their aliases."""
+    return f"{mlflow}/#/models/{name}"
+
+
 def experiment_number(mlflow: str, experiment: str) -> str:
     """Return an experiment's id. Raises OSError if MLflow has none of that name."""
     query = f"{mlflow}/api/2.0/mlflow/experiments/get-by-name?experiment_name={experiment}"

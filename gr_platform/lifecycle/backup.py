@@ -213,6 +213,8 @@ def restore(home: Path, path: Path, *, registry: bool = False, progress: bool = 
             (staged / _TREE).mkdir(parents=True)
             try:
                 copied = _unpack(home, path, staged / _TREE, registry=registry, progress=progress)
+                # The empty folder's own layout; that of the archive comes with its files, if it had one.
+                (home / migration.STATE).unlink(missing_ok=True)
                 storage.write_text(staged / _DONE, json.dumps(asdict(copied)))
             except BaseException:
                 shutil.rmtree(staged, ignore_errors=True)

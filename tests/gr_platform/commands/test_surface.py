@@ -20,6 +20,7 @@ SURFACE = {
     "simulate": "--out --events --seed",
     "card": "--out --dataset",
     "forget": "--user --dataset --yes",
+    "withdraw": "--date --dataset --yes",
     "recipes": "",
     "train": "--recipe --kind --dataset --seed --epochs --processes --warm-start",
     "evaluate": "RUN --dataset",

@@ -164,6 +164,14 @@ def test_a_new_state_folder_begins_with_this_releases_layout_and_an_old_one_does
     assert migration.layout(tmp_path / "old") == 0
 
 
+def test_a_folder_that_a_command_began_takes_the_layout_of_what_is_restored_into_it(old: Path, tmp_path: Path) -> None:
+    backup.backup(old, tmp_path / "saved.tar.gz", progress=False)
+    migration.begin(tmp_path / "begun")
+    assert migration.layout(tmp_path / "begun") == migration.LAYOUT
+    backup.restore(tmp_path / "begun", tmp_path / "saved.tar.gz", progress=False)
+    assert migration.layout(tmp_path / "begun") == 0
+
+
 def test_a_damaged_layout_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / migration.STATE).write_text("{")
     with pytest.raises(UserError, match="damaged"):
