@@ -53,10 +53,10 @@ def seen(page: Page, *texts: str) -> None:
 
 
 def newest_runs(mlflow: str, experiment: str, kind: str) -> list[str]:
-    """Return the ids of the two newest runs of a kind of model, the older first."""
+    """Return the ids of the two newest runs of a kind of model that was promoted, the older first."""
     body = {
         "experiment_ids": [experiment_number(mlflow, experiment)],
-        "filter": f"attributes.run_name LIKE '{kind}-%'",
+        "filter": f"attributes.run_name LIKE '{kind}-%' AND tags.`gr.outcome` = 'promoted'",
         "order_by": ["attributes.start_time DESC"],
         "max_results": 2,
     }
@@ -83,8 +83,6 @@ def take_models(dagster: str, mlflow: str, experiment: str, out: Path) -> None:
         save(page, out / "mlflow-runs.png", settle_ms=6000)
         page.goto(models_url(mlflow))
         seen(page, "champion")
-        page.wait_for_timeout(1500)
-        page.keyboard.press("Escape")  # the announcement of the alias view
         save(page, out / "mlflow-models.png")
 
 
@@ -100,6 +98,8 @@ def take_lifecycle(dagster: str, mlflow: str, experiment: str, out: Path) -> Non
         save(page, out / "dagster-automation.png")
         page.goto(compare_url(mlflow, experiment, newest_runs(mlflow, experiment, "retrieval")))
         seen(page, "Comparing 2 Runs")
+        for unfolded in ("Visualizations", "Parameters"):
+            page.get_by_role("button", name=unfolded).or_(page.get_by_text(unfolded, exact=True)).first.click()
         save(page, out / "mlflow-compare.png", settle_ms=6000)
         page.goto(model_url(mlflow, f"{experiment}-ranking"))
         seen(page, "champion", "previous", "challenger")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 # DuckDB stops spilling short of a full disk and names the setting by which it does.
 _NO_SPACE = ("No space left on device", "database or disk is full", "disk I/O error", "'max_temp_directory_size'")
+_LOCKED = "database is locked"
 _NOT_WRITABLE = (errno.EROFS, errno.EACCES, errno.EPERM)
 # What PostgreSQL says -> what is wrong and what to do. Its own text names hosts and users: for the log alone.
 _DATABASE = {
@@ -63,7 +64,7 @@ def _variable(error: BaseException) -> str:
 
 
 def machine_fault(error: BaseException) -> str | None:
-    """Return the sentence for an error that a full disk or a missing permission caused, None for any other."""
+    """Return the sentence for an error that a full disk, a lock or a missing permission caused, None for any other."""
     for each in _chain(error):
         refused = each.errno if isinstance(each, OSError) else None
         # DuckDB and SQLite have errors of their own, which carry the system's reason as text.
@@ -71,6 +72,11 @@ def machine_fault(error: BaseException) -> str | None:
             return (
                 "the disk of the state folder is full; free some space, or set GR_HOME to a folder with more, and run "
                 "the same command again"
+            )
+        if _LOCKED in str(each):
+            return (
+                "another program keeps a database of the state folder locked (MLflow's or Dagster's), so that it "
+                "cannot be written; wait for it or end it, and run the same command again"
             )
         if isinstance(each, OSError) and refused in _NOT_WRITABLE:
             name = Path(str(each.filename)).name if each.filename else "a file"

@@ -31,6 +31,7 @@ _SETTINGS = {
     "mlflow.assistant.fab.autoOpenedOnFirstLoad_v1": "true",
     "mlflow.assistant.panelOpen_v1": "false",
     "mlflow.settings.telemetry": "false",
+    "_mlflow_model_registry_promo_modal_dismissed_v1": "true",
 }
 
 

@@ -29,6 +29,23 @@ class Cost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Moved:
+    """How far a task's probabilities moved: PSI over tenths of the champion's, and the mean of each side over what
+    happened (1 = calibrated; None where nothing happened)."""
+
+    psi: float
+    champion: float | None
+    challenger: float | None
+
+    @property
+    def nearer(self) -> bool:
+        """Whether the challenger's mean is nearer to what happened: a move that nobody needs to fear."""
+        if not self.champion or not self.challenger:
+            return False
+        return abs(math.log(self.challenger)) < abs(math.log(self.champion))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ShadowEvidence:
     """What a challenger did with live requests: how many it was asked, and how it answered."""
 
@@ -45,7 +62,7 @@ class Evidence:
 
     faults: gate -> why it cannot pass whatever else was measured. differences: kind -> those of `compare_tables`;
     slices: rows slice, bin, num_targets, champion (HR@10), difference, low, high. costs: kind -> (challenger's,
-    champion's). catalogue: distinct items in top 10 (challenger's, champion's). score_drift: task -> index.
+    champion's). catalogue: distinct items in top 10 (challenger's, champion's). score_drift: by task.
     hit_rate: HR@10 of (challenger, popularity). parity: kind -> largest error over the largest score, relative to what
     is allowed. item_share: of the window's exposures on one item. shadow: None where live requests are not asked for.
     """
@@ -59,7 +76,7 @@ class Evidence:
     slices: Sequence[Mapping[str, Any]] = ()
     costs: Mapping[str, tuple[Cost, Cost | None]] = field(default_factory=dict)
     catalogue: tuple[int, int | None] | None = None
-    score_drift: Mapping[str, float] = field(default_factory=dict)
+    score_drift: Mapping[str, Moved] = field(default_factory=dict)
     shadow: ShadowEvidence | None = None
 
 
@@ -90,7 +107,7 @@ MEANINGS = {
     "quality": "no model of the pair is worse for certain, and one is better for certain",
     "slices": "no group of users or items is served worse for certain, by more than a bound",
     "catalogue": "as much of the catalogue is recommended",
-    "score_drift": "the probabilities are distributed as the champion's",
+    "score_drift": "the probabilities are distributed as the champion's, or moved towards what happened",
     "latency": "scoring takes no longer",
     "memory": "scoring takes no more memory",
     LIVE: "it has scored as many live requests as are wanted",
@@ -212,11 +229,13 @@ def _catalogue(evidence: Evidence, bounds: Gates) -> Verdict:
 def _score_drift(evidence: Evidence, bounds: Gates) -> Verdict:
     if not evidence.score_drift:
         return _unmeasured("score_drift", bounds.max_score_drift)
-    task, worst = max(evidence.score_drift.items(), key=lambda each: each[1])
-    ok = worst <= bounds.max_score_drift
-    return _verdict(
-        "score_drift", ok, worst, bounds.max_score_drift, f"the probabilities of {task} moved by {worst:.3g} (PSI)"
-    )
+    away = {task: moved for task, moved in evidence.score_drift.items() if not moved.nearer}
+    task, worst = max((away or evidence.score_drift).items(), key=lambda each: each[1].psi)
+    why = f"the probabilities of {task} moved by {worst.psi:.3g} (PSI)"
+    if worst.champion is not None and worst.challenger is not None:
+        why += f", their mean from {worst.champion:.2f} to {worst.challenger:.2f} times what happened"
+    bound = bounds.max_score_drift
+    return _verdict("score_drift", not away or worst.psi <= bound, worst.psi, bound, why)
 
 
 def _costs(evidence: Evidence, bounds: Gates) -> Iterator[Verdict]:

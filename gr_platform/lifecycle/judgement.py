@@ -33,7 +33,7 @@ from gr_platform.sequences.dataset import SequenceDataset
 from gr_platform.sequences.time_split import TimeSplit
 
 NAME = "judgement"
-VERSION = 1
+VERSION = 2
 SCORE_BINS = 10
 
 
@@ -241,15 +241,19 @@ class _Work:
         return found
 
 
-def _score_drift(theirs: pa.Table, ours: pa.Table) -> dict[str, float]:
-    """Return task -> PSI of the challenger's probabilities, in bins that hold equally many of the champion's."""
+def _score_drift(theirs: pa.Table, ours: pa.Table) -> dict[str, gates.Moved]:
+    """Return task -> how far the challenger's probabilities are from the champion's, and both from what happened."""
     found = {}
     for name in theirs.column_names:
         if name.startswith("logit_"):
             before, now = theirs[name].to_numpy(), ours[name].to_numpy()
             edges = np.quantile(before, np.arange(1, SCORE_BINS) / SCORE_BINS)
             counts = [np.bincount(np.searchsorted(edges, each), minlength=SCORE_BINS) for each in (before, now)]
-            found[name.removeprefix("logit_")] = psi(*(dict(enumerate(each.tolist())) for each in counts))
+            task = name.removeprefix("logit_")
+            happened = float(theirs[f"label_{task}"].to_numpy().mean())
+            means = [float((1 / (1 + np.exp(-each))).mean() / happened) if happened else None for each in (before, now)]
+            moved = psi(*(dict(enumerate(each.tolist())) for each in counts))
+            found[task] = gates.Moved(psi=moved, champion=means[0], challenger=means[1])
     return found
 
 

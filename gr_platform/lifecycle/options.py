@@ -56,7 +56,8 @@ class Gates:
     confidence: of "better" and "worse". min_gain: relative gain of NDCG@10 or NE that the pair must have in one of its
     models for certain (0: any). max_slice_loss: relative, of HR@10 in a slice of at least min_slice_users, for certain.
     max_latency_ratio, max_memory_ratio: of scoring. min_catalogue_ratio: distinct items in all top 10.
-    max_score_drift: population stability index of the scores. max_item_share: of the window's events on one item.
+    max_score_drift: population stability index of scores that did not move towards what happened. max_item_share: of
+    the window's events on one item.
     """
 
     confidence: float = 0.95
@@ -89,7 +90,7 @@ class Shadow:
     share: float = 0.2
     max_failures: float = 0.01
     max_latency_ratio: float = 2.0
-    max_score_drift: float = 0.5
+    max_score_drift: float = 3.0
     min_agreement: float = 0.2
 
     def __post_init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Trained pairs as faults leave them: a version's run and bundle copied with something wrong in them, and registered."""
+"""Trained pairs as faults leave them: a version's run and bundle with something wrong in them, registered."""
 
 import shutil
 from collections.abc import Callable, Mapping

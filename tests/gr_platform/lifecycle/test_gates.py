@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gr_platform.lifecycle import gates
-from gr_platform.lifecycle.gates import Cost, Evidence, ShadowEvidence
+from gr_platform.lifecycle.gates import Cost, Evidence, Moved, ShadowEvidence
 from gr_platform.lifecycle.options import Gates, Shadow
 
 BETTER = {"figure": "ndcg_at_10", "a": 0.30, "b": 0.33, "difference": 0.03, "low": 0.02, "high": 0.04, "p_value": 0.001}
@@ -24,10 +24,11 @@ GOOD = Evidence(
     slices=[BIN | {"high": 0.1}],
     costs={"ranking": (Cost(milliseconds=2.0, num_bytes=100), Cost(milliseconds=2.0, num_bytes=100))},
     catalogue=(100, 110),
-    score_drift={"like": 0.05},
+    score_drift={"like": Moved(psi=0.05, champion=1.1, challenger=1.2)},
     shadow=LIVE,
 )
 ASKED = Shadow(requests=50)
+AWAY = Moved(psi=2.0, champion=1.1, challenger=1.3)
 
 
 def closed(evidence: Evidence, shadow: Shadow = ASKED) -> list[str]:
@@ -53,7 +54,8 @@ def test_a_good_challenger_passes_every_gate_and_each_is_told_in_order() -> None
         ({"slices": [BIN | {"high": -0.1}]}, "slices", "user_age 1 of 5 falls by 25.0%"),
         ({"catalogue": (3, 110)}, "catalogue", "3 items stand in the top 10"),
         ({"catalogue": (3, 0)}, "catalogue", "could not be measured"),
-        ({"score_drift": {"like": 2.0}}, "score_drift", "probabilities of like moved by 2"),
+        ({"score_drift": {"like": AWAY}}, "score_drift", "moved by 2 (PSI), their mean from 1.10 to 1.30 times what"),
+        ({"score_drift": {"like": replace(AWAY, champion=None)}}, "score_drift", "probabilities of like moved by 2"),
         ({"score_drift": {}}, "score_drift", "could not be measured"),
         ({"faults": {"unseen": "it saw the window"}}, "unseen", "it saw the window"),
         ({"faults": {"finite": "3 scores are NaN"}}, "finite", "3 scores are NaN"),
@@ -96,6 +98,13 @@ def test_without_a_champion_only_what_needs_none_is_asked() -> None:
 def test_live_requests_are_not_asked_for_where_none_are_wanted() -> None:
     assert closed(replace(GOOD, shadow=None), Shadow(requests=0)) == []
     assert closed(replace(GOOD, shadow=None)) == [gates.LIVE]
+
+
+def test_probabilities_that_move_towards_what_happened_do_not_object() -> None:
+    towards = Moved(psi=5.4, champion=2.0, challenger=0.98)
+    assert towards.nearer
+    assert closed(replace(GOOD, score_drift={"like": towards})) == []
+    assert closed(replace(GOOD, score_drift={"like": towards, "buy": AWAY})) == ["score_drift"]
 
 
 def test_a_small_slice_cannot_object() -> None:
