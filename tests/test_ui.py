@@ -121,7 +121,9 @@ def test_what_runs_by_itself_is_listed_and_switched_on(dagster: str, page: Any) 
     page.goto(f"{dagster}/automation")
     for name in names:
         page.get_by_text(name, exact=True).first.wait_for()
-    assert page.get_by_role("checkbox", checked=True).count() == len(names)
+    switched_on = page.get_by_role("checkbox", checked=True)
+    switched_on.nth(len(names) - 1).wait_for(state="attached")
+    assert switched_on.count() == len(names)
 
 
 def test_a_retraining_stands_in_mlflow_with_its_models_under_it_and_two_of_them_compare(
@@ -157,11 +159,9 @@ def row(page: Any, text: str) -> Any:
 
 
 def test_mlflow_shows_who_serves_who_did_and_who_was_refused(mlflow: str, page: Any) -> None:
-    page.goto(browser.models_url(mlflow))
     for kind in ("retrieval", "ranking"):
-        page.get_by_text(f"{DS}-{kind}", exact=True).first.wait_for()
-    for kind in ("retrieval", "ranking"):
-        page.goto(browser.model_url(mlflow, f"{DS}-{kind}"))
+        page.goto(browser.models_url(mlflow))
+        page.get_by_text(f"{DS}-{kind}", exact=True).first.click()
         for version, alias in (("3", "challenger"), ("2", "champion"), ("1", "previous")):
             of_version = page.get_by_role("row").filter(has_text=f"Version {version}")
             of_version.filter(has_text=re.compile(rf"@\s*{alias}")).wait_for()

@@ -46,6 +46,11 @@ def test_a_good_challenger_passes_every_gate_and_each_is_told_in_order() -> None
     [
         ({"parity": {"ranking": 1.5}}, "parity", "ranking bundle's largest error"),
         ({"parity": {"ranking": float("nan")}}, "parity", "nan"),
+        (
+            {"parity": {"retrieval": 0.1, "ranking": float("nan")}},
+            "parity",
+            "the ranking bundle's largest error is nan",
+        ),
         ({"item_share": 0.8}, "window", "one item holds 80.0%"),
         ({"hit_rate": (0.1, 0.1)}, "popularity", "popularity's is 0.1000"),
         ({"differences": {"retrieval": [BETTER], "ranking": [WORSE_NE]}}, "quality", "like_ne is worse for certain"),
