@@ -30,7 +30,8 @@ _WEIGHTS = ("model.safetensors", "item_vectors.safetensors")
 def scoring_cost(bundle: Bundle, beside: Bundle | None) -> tuple[Cost, Cost | None]:
     """Return what the golden requests cost with a bundle and, in turns with it, with another one.
 
-    Time: the least of NUM_TURNS, of more where the two are apart. Memory: weights, item vectors and the K/V of one full history; counted, not sampled.
+    Time: the least of NUM_TURNS, of more where the two are apart. Memory: weights, item vectors and the K/V of one full
+    history; counted, not sampled.
     """
     bundles = [bundle] if beside is None else [bundle, beside]
     computes = [each.compute(4 * pages_for(most_tokens(each.config))) for each in bundles]
