@@ -5,6 +5,9 @@ SERVING := .venv-serving
 BIN := $(VENV)/bin
 PIP_FLAGS := --quiet --quiet --disable-pip-version-check --no-compile
 
+# Tests start hundreds of programs: without compiled files each would compile its libraries again.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-faults check lint up down bench clean
 
