@@ -29,7 +29,9 @@ lint: setup
 	@$(BIN)/ruff check --no-cache . && $(BIN)/ruff format --no-cache --check . && $(BIN)/mypy
 
 check: lint ## lint, format, types, Dagster definitions
-	@DAGSTER_HOME="$(CURDIR)/dagster_home" $(BIN)/dg check defs
+	@export DAGSTER_HOME="$(CURDIR)/dagster_home"; \
+	$(BIN)/python -c "import os, pathlib; from gr_platform.commands import pipeline; \
+	pipeline.make_instance(pathlib.Path(os.environ['DAGSTER_HOME']))" && $(BIN)/dg check defs
 
 test: check ## lint, format, types and all tests but the slow faults
 	@$(BIN)/python -m pytest -m "not faults"

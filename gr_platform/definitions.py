@@ -9,6 +9,7 @@ import dagster as dg
 
 from assets import (
     automation,
+    cleaning,
     data_card,
     data_checks,
     deployment,
@@ -69,8 +70,8 @@ defs = dg.Definitions(
         ]
     ),
     asset_checks=dg.load_asset_checks_from_modules([data_checks, model_checks, judgement, drift_checks]),
-    jobs=jobs.jobs(_options),
-    schedules=automation.schedules(_options),
+    jobs=[*jobs.jobs(_options), cleaning.cleaning],
+    schedules=[*automation.schedules(_options), *cleaning.schedules(_options)],
     sensors=[*sensors.sensors, shadow.shadow],
     resources={"platform": Platform(), "state_folder": StateFolder(), "lab": experiments.Experiments()},
     executor=dg.in_process_executor,

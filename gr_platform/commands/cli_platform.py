@@ -62,10 +62,11 @@ def up(
     Examples: gr up | gr up --dagster-port 3001
     """
     from gr_platform import databases
-    from gr_platform.commands import services
+    from gr_platform.commands import pipeline, services
 
     home = settings.home()
     databases.require()
+    pipeline.make_instance(settings.dagster_home())
     ports = services.Ports(
         dagster=dagster_port,
         mlflow=mlflow_port,

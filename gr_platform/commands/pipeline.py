@@ -99,6 +99,19 @@ def land(
     return _execute(home, dagster_home, runs.LANDING_DAY, config, {RANGE_START: first, RANGE_END: last}, (), on_stage)
 
 
+def make_instance(dagster_home: Path) -> None:
+    """Make the tables of a Dagster instance unless they are there.
+
+    Two programs of Dagster that begin at once would both make them, and one of them would end.
+    """
+    from dagster import DagsterInstance
+
+    with DagsterInstance.from_config(str(dagster_home)) as instance:
+        instance.get_runs_count()
+        instance.all_instigator_state()
+        instance.event_log_storage.get_maximum_record_id()
+
+
 def _dataset(home: Path, named: str) -> str:
     from gr_platform.events.landing import active_dataset, load_declaration
 

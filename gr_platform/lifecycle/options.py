@@ -17,15 +17,16 @@ _CRON = re.compile(r"\S+( \S+){4}")
 class Schedule:
     """When things happen, as cron lines in UTC; "" = never. ingest: of the day that ended.
 
-    daily: a retraining from the champion's weights; weekly: one from scratch.
+    daily: a retraining from the champion's weights; weekly: one from scratch. cleaning: of old results (`Retention`).
     """
 
     ingest: str = "30 0 * * *"
     daily: str = "0 2 * * *"
     weekly: str = "0 4 * * 0"
+    cleaning: str = "0 8 * * 0"
 
     def __post_init__(self) -> None:
-        for name in ("ingest", "daily", "weekly"):
+        for name in ("ingest", "daily", "weekly", "cleaning"):
             if (line := getattr(self, name)) and not _CRON.fullmatch(line):
                 raise ValueError(f"schedule.{name} is {line!r}, must be five fields of cron or empty")
 

@@ -1,5 +1,6 @@
 """The code location: what it defines, and what importing it must not cost."""
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -7,9 +8,10 @@ from pathlib import Path
 import dagster as dg
 import pytest
 
-from assets import automation
+from assets import automation, cleaning
 from assets.materialization import MAX_PLOT_BYTES, picture, preview_of, table
-from gr_platform import settings
+from assets.resources import Platform
+from gr_platform import settings, storage
 from gr_platform.definitions import defs
 from gr_platform.errors import UserError
 from gr_platform.experiments.catalogue import experiments
@@ -44,6 +46,7 @@ SCHEDULES = {
     "daily_landing": ("landing_day", "30 0 * * *"),
     "daily_retraining": ("retraining", "0 2 * * *"),
     "weekly_retraining": ("retraining", "0 4 * * 0"),
+    "weekly_cleaning": ("cleaning", "0 8 * * 0"),
 }
 # Sensor -> job it asks for (None: it asks for none), seconds between two looks.
 SENSORS = {
@@ -97,12 +100,14 @@ def test_assets_checks_and_jobs_are_these() -> None:
     assert found == ASSETS | cells | reports | {"compute_against_quality": (set(reports), "experiments", None)}
     assert {(key.asset_key.to_user_string(), key.name) for key in graph.asset_check_keys} == CHECKS
     jobs = {job.name: job for job in defs.resolve_all_job_defs() if not job.name.startswith("__")}
+    assert [node.name for node in jobs.pop("cleaning").nodes] == ["delete_old"]
     chosen = {name: job.asset_layer.selected_asset_keys for name, job in jobs.items()}
     assert {name: {key.to_user_string() for key in keys} for name, keys in chosen.items()} == JOBS
 
 
 def test_schedules_and_sensors_are_these_and_run() -> None:
-    defaults = automation.schedules(LifecycleOptions())
+    chosen = LifecycleOptions()
+    defaults = [*automation.schedules(chosen), *cleaning.schedules(chosen)]
     assert {each.name: (each.job_name, each.cron_schedule) for each in defaults} == SCHEDULES
     assert {each.execution_timezone for each in defaults} == {"UTC"}
     assert {each.default_status for each in defaults} == {dg.DefaultScheduleStatus.RUNNING}
@@ -118,8 +123,22 @@ def test_schedules_and_sensors_are_these_and_run() -> None:
 def test_an_empty_cron_line_is_no_schedule_and_one_that_is_none_is_named() -> None:
     weekly = automation.schedules(LifecycleOptions(schedule=Schedule(daily="", ingest="")))
     assert [each.name for each in weekly] == ["weekly_retraining"]
+    assert cleaning.schedules(LifecycleOptions(schedule=Schedule(cleaning=""))) == []
     with pytest.raises(UserError, match=r"lifecycle.toml: schedule.daily is '61 2 \* \* \*', which is no moment"):
         automation.schedules(LifecycleOptions(schedule=Schedule(daily="61 2 * * *")))
+
+
+def test_cleaning_deletes_what_nobody_names_and_tells_of_it(pipeline_home: Path, tmp_path: Path) -> None:
+    home = Path(shutil.copytree(pipeline_home, tmp_path / "home", symlinks=True))
+    (home / "lifecycle.toml").write_text("[retention]\nkeep_days = 0\n")
+    runs = home / "runs" / "simulated"
+    stray = storage.ensure(runs, "retrieval_model", {"stray": True}, lambda folder: {}).folder
+    resources = {"platform": Platform(home=str(home), dataset="simulated")}
+    assert cleaning.cleaning.execute_in_process(resources=resources).success
+    assert not stray.exists()
+    for kind in ("retrieval", "ranking"):
+        assert storage.current(runs, f"{kind}_model").is_dir()
+        assert storage.current(home / "bundles" / "simulated", kind).is_dir()
 
 
 @pytest.mark.parametrize("job", ["retraining", "deploying", "full_pipeline", "landing_day"])
