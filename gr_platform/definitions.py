@@ -51,7 +51,7 @@ def file_logger(context: dg.InitLoggerContext) -> logging.Logger:
 
 
 # Read once: a cron line that is changed counts when the code location is loaded again, every other option at once.
-_options = options.read(settings.home())
+_options = options.loadable(settings.home())
 
 defs = dg.Definitions(
     assets=dg.load_assets_from_modules(

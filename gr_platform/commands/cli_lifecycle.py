@@ -81,13 +81,15 @@ def replay(
 ) -> None:
     """Live through days in minutes: data in, models trained, judged and deployed, under live requests; write a report.
 
-    The middle day is poisoned unless --poisoned says otherwise. Status 1 if a promise was broken.
+    The middle day is poisoned (of two the last, of one none) unless --poisoned says otherwise. Status 1 if a promise
+    was broken.
 
     Examples: gr replay --days 7 | gr replay --days 2 --poisoned 0 | gr replay --dataset ml-1m --days 5
     """
     from gr_platform.commands.replaying import Wanted, run
 
-    faults = {"poisoned": (days + 1) // 2 if poisoned is None else poisoned, "empty": empty, "tenfold": tenfold}
+    middle = (days + 1) // 2 if days > 2 else days if days == 2 else 0
+    faults = {"poisoned": middle if poisoned is None else poisoned, "empty": empty, "tenfold": tenfold}
     wanted = Wanted(
         days=days,
         dataset=dataset or "",

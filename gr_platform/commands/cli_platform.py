@@ -63,9 +63,12 @@ def up(
     """
     from gr_platform import databases
     from gr_platform.commands import pipeline, services
+    from gr_platform.lifecycle import options as lifecycle_options
 
     home = settings.home()
     databases.require()
+    # Said here, where a person sees it: the services themselves would go on with the defaults.
+    lifecycle_options.read(home)
     pipeline.make_instance(settings.dagster_home())
     ports = services.Ports(
         dagster=dagster_port,
@@ -77,7 +80,7 @@ def up(
     )
     for running in services.up(home, services.platform_services(home, settings.dagster_home(), ports)):
         say(f"{running.name:<18} {running.address or 'running'}{services.PAGES.get(running.name, '')}")
-    if served := services.foreign_server(home):
+    if (served := services.foreign_server(home)) and not served.orphaned:
         say(f"{services.MODEL_SERVER:<18} grpc://{served.grpc_address}  (runs already, gr down leaves it running)")
     elif not services.has_models(home):
         say(f"{services.MODEL_SERVER:<18} not started: no model is deployed yet; run gr materialize, then gr up again")

@@ -35,6 +35,8 @@ def report(home: Path, dagster_home: Path, first: str | None, last: str | None, 
     yield from (f"! {name} lies in no data set's folder of the inbox" for name in inbox.strays(home))
     if later := sum(inbox.settling(home, each) for each in names):
         yield f"! {later} file(s) were touched in the last {inbox.SETTLED_S:.0f} s and may still be written: land again"
+    for date, count in inbox.early(home, names).items():
+        yield f"{count} file(s) wait for their day, {date}"
     yield f"{landed:,} file(s) landed" if landed else f"nothing landed; drop files into $GR_HOME/{inbox.FOLDER}/NAME/"
 
 

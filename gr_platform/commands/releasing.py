@@ -38,9 +38,9 @@ def explain(home: Path, dataset: str | None) -> bool:
     console.print(_gate_table(facts))
     window = facts["window"]
     if window["kind"] == "time":
-        say(f"judged on the events from {_day(window['cut'])} to {_day(window['end'])}, bounds: lifecycle.toml")
+        say(f"judged on the events from {_day(window['cut'])} to {_day(window['end'])}, {_bounds(home)}")
     else:
-        say("judged on each user's last event, bounds: lifecycle.toml")
+        say(f"judged on each user's last event, {_bounds(home)}")
     say("every gate is open" if facts["passed"] else "a closed gate keeps the challenger from serving")
     return bool(facts["passed"])
 
@@ -99,6 +99,16 @@ def _title(facts: Mapping[str, Any]) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.4g}"
+
+
+def _bounds(home: Path) -> str:
+    from gr_platform.lifecycle.options import FILE
+
+    return (
+        f"bounds: {FILE}"
+        if (home / FILE).is_file()
+        else f"bounds: the defaults, {FILE} in the state folder changes them"
+    )
 
 
 def _day(ms: int) -> str:

@@ -67,12 +67,12 @@ def run(home: Path, wanted: Wanted, out: Path | None, *, keep: bool) -> bool:
     facts = json.loads((folder / report.FACTS).read_text(encoding="utf-8"))
     verdicts = report.verdicts(facts)
     for verdict in verdicts:
-        console.print(f"{'[green]yes[/]' if verdict.ok else '[red]no [/]'} ", end="")
+        console.print({True: "[green]yes[/]", False: "[red]no [/]", None: "--- "}[verdict.ok].ljust(4), end=" ")
         say(verdict.sentence)
     if not keep:
         replaying.remove_state(folder)
     say(f"report: {pasteable(page)}")
-    return all(verdict.ok for verdict in verdicts)
+    return all(verdict.ok is not False for verdict in verdicts)
 
 
 def _headline(day: "Day | None", num_days: int) -> str:

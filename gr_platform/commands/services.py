@@ -111,7 +111,9 @@ def platform_services(home: Path, dagster_home: Path, ports: Ports) -> list[Serv
             },
         ),
     ]
-    serve = has_models(home) and foreign_server(home) is None
+    served = foreign_server(home)
+    # One whose program was killed has nobody who watches it: it is ended and started again.
+    serve = has_models(home) and (served is None or served.orphaned)
     return [*services, _platform_metrics(ports), *([_model_server(ports)] if serve else [])]
 
 

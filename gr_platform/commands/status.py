@@ -12,7 +12,7 @@ from gr_platform import storage
 from gr_platform.commands import services
 from gr_platform.commands.messages import pasteable, spelt_out
 from gr_platform.errors import UserError
-from gr_platform.lifecycle import migration
+from gr_platform.lifecycle import migration, options
 
 if TYPE_CHECKING:
     from serving.health import Health
@@ -24,6 +24,10 @@ def report(home: Path) -> Iterator[str]:
 
     if (home / "landing").is_dir() and migration.layout(home) < migration.LAYOUT:
         yield "made by an earlier release: gr migrate brings the state folder up to date"
+    try:
+        options.read(home)
+    except UserError as error:
+        yield f"options      {spelt_out(str(error))}"
     try:
         active = active_dataset(home)
     except UserError as error:

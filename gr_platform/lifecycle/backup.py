@@ -59,7 +59,7 @@ def backup(home: Path, path: Path, *, checkpoints: bool = False, progress: bool 
         raise UserError(f"{path.name} is there already; name another file")
     if not (home / "landing").is_dir() and not (home / "runs").is_dir():
         raise UserError("there is nothing to back up yet: nothing was imported into this state folder")
-    if path.absolute().is_relative_to(home):
+    if path.resolve().is_relative_to(home):
         raise UserError(f"{path.name} would lie in the state folder that it is a copy of; name a file elsewhere")
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f"{_WORKING}*"):  # of a backup that was killed

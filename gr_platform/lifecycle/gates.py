@@ -210,10 +210,11 @@ def _slices(evidence: Evidence, bounds: Gates) -> Verdict:
     if not rows:
         why = f"no slice has {bounds.min_slice_users} users, so there is none to lose"
         return _verdict("slices", True, None, bounds.max_slice_loss, why)
-    losses = {f"{row['slice']} {row['bin']}": -row["high"] / max(row["champion"], 1e-9) for row in rows}
+    losses = {f"{row['slice']} {row['bin']}": 0.0 - row["high"] / max(row["champion"], 1e-9) for row in rows}
     name, worst = max(losses.items(), key=lambda each: each[1])
     bound = bounds.max_slice_loss
-    why = f"HR@10 of {name} falls by {max(worst, 0):.1%} at the least, the most of {len(rows)} slices"
+    # The sum turns -0 into 0.
+    why = f"HR@10 of {name} falls by {max(worst, 0.0) + 0.0:.1%} at the least, the most of {len(rows)} slices"
     return _verdict("slices", worst <= bound, worst, bound, why)
 
 

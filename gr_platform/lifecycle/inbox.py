@@ -11,7 +11,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -97,6 +97,19 @@ def waiting(home: Path, ds: str, *, now_s: float | None = None) -> dict[str, lis
         day, objection = _belongs(path.relative_to(_inbox(home) / ds), arrived=arrived, today=today)
         if day <= today:
             found.setdefault(day.isoformat(), []).append(Drop(path=path, day=day, state=state, objection=objection))
+    return dict(sorted(found.items()))
+
+
+def early(home: Path, names: Iterable[str]) -> dict[str, int]:
+    """Return date -> how many files of data sets lie there for a day that has not come, oldest first."""
+    today, found = _day_of(time.time()), dict[str, int]()
+    for ds in names:
+        for path in _files(home, ds):
+            if (state := _state(path)) is not None:
+                arrived = min(_day_of(state[2]), today)
+                day, _ = _belongs(path.relative_to(_inbox(home) / ds), arrived=arrived, today=today)
+                if day > today:
+                    found[day.isoformat()] = found.get(day.isoformat(), 0) + 1
     return dict(sorted(found.items()))
 
 

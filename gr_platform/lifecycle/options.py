@@ -3,11 +3,15 @@
 Invariant: bounds are data. What a gate or a check measures stands in code, from where on it objects stands here.
 """
 
+import logging
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from gr_platform import option_files
+from gr_platform.errors import UserError
+
+log = logging.getLogger(__name__)
 
 FILE = "lifecycle.toml"
 _CRON = re.compile(r"\S+( \S+){4}")
@@ -167,6 +171,16 @@ def read(home: Path) -> LifecycleOptions:
     if not found.retraining.recipe.endswith(".toml"):
         return found
     return replace(found, retraining=replace(found.retraining, recipe=str(home / found.retraining.recipe)))
+
+
+def loadable(home: Path) -> LifecycleOptions:
+    """Return the options, or the defaults and a line in the log where the file does not fit: landing, deploying and
+    alarms must go on. A retraining reads the file itself, and says what is wrong with it."""
+    try:
+        return read(home)
+    except UserError as error:
+        log.warning("event=options_refused reason=%r", str(error))
+        return LifecycleOptions()
 
 
 def _at_least(name: str, value: float, least: float) -> None:

@@ -35,9 +35,9 @@ Facts = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """A claim about the replay: whether it holds, in a sentence."""
+    """A claim about the replay: whether it holds, in a sentence. None: nothing happened that could show it."""
 
-    ok: bool
+    ok: bool | None
     sentence: str
 
 
@@ -52,7 +52,9 @@ def write(folder: Path, facts: Facts) -> Path:
 def verdicts(facts: Facts) -> list[Verdict]:
     """Return what a replay is asked to show, and whether it did."""
     days = facts["days"]
-    found = [_failures(facts["load"]["total"]), _stale(facts["staleness"]), _promotions(days), *_refusals(days)]
+    num_swaps = len(facts["load"]["swaps"])
+    found = [_failures(facts["load"]["total"], num_swaps), _stale(facts["staleness"], num_swaps)]
+    found += [_promotions(days), *_refusals(days)]
     if (ahead := _ahead(days)) is not None:
         found.append(ahead)
     target = facts.get("target_seconds")
@@ -93,15 +95,16 @@ def render(facts: Facts) -> str:
     )
 
 
-def _failures(total: Facts) -> Verdict:
+def _failures(total: Facts, num_swaps: int) -> Verdict:
     lost = total["requests"] - total["answered"]
     told = f"{lost:,} of {total['requests']:,} requests failed"
     if lost:
         told += f" ({total['rejected']:,} refused, {total['expired']:,} too late, {total['failed']:,} by an error)"
-    return Verdict(ok=lost == 0 and total["requests"] > 0, sentence=f"{told} while models were trained and swapped")
+    told += f" while models were trained and swapped {num_swaps} times" if num_swaps else " while models were trained"
+    return Verdict(ok=lost == 0 and total["requests"] > 0, sentence=told)
 
 
-def _stale(staleness: Facts) -> Verdict:
+def _stale(staleness: Facts, num_swaps: int) -> Verdict:
     num, wrong = staleness["num_stale"], staleness["num_of_no_model"]
     told = f"{num:,} of {staleness['num_probes']:,} answers to known requests came from an old model after its swap"
     if wrong:
@@ -109,6 +112,8 @@ def _stale(staleness: Facts) -> Verdict:
     if undecided := staleness["num_undecided"]:
         told += f"; {undecided:,} fit two models, so they say nothing"
     decided = staleness["num_probes"] - undecided
+    if not num_swaps and not num and not wrong:
+        return Verdict(ok=None, sentence="no model was swapped, so no answer could be stale")
     return Verdict(ok=num == 0 and wrong == 0 and decided > 0, sentence=told)
 
 
@@ -133,7 +138,7 @@ def _refusals(days: Sequence[Facts]) -> list[Verdict]:
             told = f"{what} was refused: {why}" if refused else f"{what} was not refused ({day['outcome']})"
             found.append(Verdict(ok=refused, sentence=told))
         elif refused:
-            found.append(Verdict(ok=True, sentence=f"the model of {name} was refused as well: {why}"))
+            found.append(Verdict(ok=None, sentence=f"the model of {name} was refused as well: {why}"))
         elif day["outcome"] == "failed":
             found.append(Verdict(ok=False, sentence=f"{name} failed: {why}"))
     return found

@@ -3,7 +3,9 @@
 from dataclasses import fields
 
 import pytest
+from typer.testing import CliRunner
 
+from gr_platform import cli
 from gr_platform.errors import UserError
 from gr_platform.lifecycle import options
 from gr_platform.lifecycle.options import LifecycleOptions
@@ -62,3 +64,14 @@ def test_every_table_of_the_file_is_documented_in_its_class():
         described = type(getattr(LifecycleOptions(), table.name))
         missing = [each.name for each in fields(described) if each.name not in (described.__doc__ or "")]
         assert missing == [], table.name
+
+
+def test_a_file_that_does_not_fit_stops_what_it_decides_and_nothing_else(tmp_path, monkeypatch):
+    write(tmp_path, "[gates]\nmax_slice_los = 0.05\n")
+    assert options.loadable(tmp_path) == LifecycleOptions()
+    monkeypatch.setenv("GR_HOME", str(tmp_path))
+    told = CliRunner().invoke(cli.app, ["status"])
+    assert "lifecycle.toml sets gates.max_slice_los, which is no option" in told.output.replace("\n", " ")
+    told = CliRunner().invoke(cli.app, ["up"])
+    assert isinstance(told.exception, UserError)
+    assert "gates.max_slice_los" in str(told.exception)

@@ -8,7 +8,7 @@ import pytest
 from gr_platform.replay import plots, report
 
 
-def sentences(facts: dict, ok: bool) -> str:
+def sentences(facts: dict, ok: bool | None) -> str:
     return "\n".join(verdict.sentence for verdict in report.verdicts(facts) if verdict.ok is ok)
 
 
@@ -59,6 +59,20 @@ def test_without_any_promotion_nothing_is_claimed(facts):
     for day in facts["days"]:
         day["outcome"] = "kept"
     assert "0 of 7 days" in sentences(facts, ok=False)
+
+
+def test_without_a_swap_no_answer_could_be_stale_and_that_is_no_success(facts):
+    facts["load"]["swaps"] = []
+    assert "no model was swapped" in sentences(facts, ok=None)
+    assert "swapped" not in sentences(facts, ok=True)
+    facts["staleness"]["num_stale"] = 1
+    assert "1 of 640 answers" in sentences(facts, ok=False)
+
+
+def test_the_refusal_of_an_ordinary_day_is_told_and_is_no_success(facts):
+    facts["days"][5] |= {"outcome": "refused", "reasons": ["quality: worse"]}
+    assert "the model of day 6 was refused as well: quality: worse" in sentences(facts, ok=None)
+    assert "day 6" not in sentences(facts, ok=True)
 
 
 def test_the_page_needs_nothing_but_itself_and_shows_every_day(facts, tmp_path):
