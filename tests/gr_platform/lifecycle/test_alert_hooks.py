@@ -215,4 +215,4 @@ def test_both_hooks_are_called_and_the_one_that_fails_stops_the_other_from_nothi
         assert alerts.send(tmp_path, "drift", "items moved", "0.7")
         [told] = server.bodies
     assert told.pop("at_ms") == alerts.read(tmp_path)[0].at_ms
-    assert told == {"kind": "drift", "subject": "items moved", "text": "0.7", "run": ""}
+    assert told == {"kind": "drift", "subject": "items moved", "text": "0.7", "run": run_log.current()}
