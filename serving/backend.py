@@ -192,7 +192,7 @@ class EngineModel(ABC):
             most_tokens=model.longest,
         )
         try:
-            engine.encode_ahead(histories, ENCODE_AHEAD_S)
+            recent.encode_ahead(model, engine.recent, histories, ENCODE_AHEAD_S)
         except Exception:
             # A cache that starts empty costs time alone.
             self.pb_utils.Logger.log_error("event=histories_not_encoded_ahead " + traceback.format_exc())

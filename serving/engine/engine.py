@@ -8,12 +8,10 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from gr_platform.bundle.compute import Piece, pages_for
-from gr_platform.models.tokens import Tokens
 from serving.engine.jobs import EngineError, Job, QueueFullError, Terms
 from serving.engine.model import Model
 from serving.engine.pace import Pace
@@ -32,9 +30,9 @@ PATIENCE_S = 1.0
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
-    """max_queue: requests in the engine, more are refused; max_wait_s: how long the ones that are there may be expected
-    to take before more are refused; max_users: of one step (1: no batching); step_tokens: new tokens of a step, so that
-    a long history does not hold the others."""
+    """max_queue: requests in the engine, more are refused; max_wait_s: one that is expected to wait longer for those is
+    refused; max_users: of one step (1: no batching); step_tokens: new tokens of a step, so that a long history does not
+    hold the others."""
 
     max_queue: int = 256
     max_wait_s: float = 0.5
@@ -83,26 +81,31 @@ class Engine:
 
         Raises InvalidRequestError, and QueueFullError if too many wait.
         """
-        self._check_room(terms or Terms())
+        if self.num_jobs >= self.limits.max_queue:
+            raise self._refusal(f"{self.num_jobs} requests wait for this model already; try again later")
         job = self.model.prepare(request)
         job.done, job.terms = done, terms or job.terms
+        self._check_wait(job)
         with self._wake:
             if self._closing or (self._thread is not None and not self._thread.is_alive()):
                 raise self._refusal("the model is being unloaded; try again")
             self._arrived.append(job)
             self._wake.notify()
 
-    def _check_room(self, terms: Terms) -> None:
-        """Raise QueueFullError if too many wait, or they will take too long: what is taken is answered in time.
+    def _check_wait(self, job: Job) -> None:
+        """Raise QueueFullError if the job would wait too long, or past its deadline: what is taken is answered in time.
 
-        The most urgent (priority 0) wait for each other alone, so the time that all take does not count for them.
+        The most urgent (priority 0) are not asked.
         """
-        num_jobs = self.num_jobs
-        work_s = num_jobs * self._pace.seconds_a_job
-        is_late = terms.priority > 0 and num_jobs >= MIN_QUEUE and work_s > self.limits.max_wait_s
-        if is_late or num_jobs >= self.limits.max_queue:
+        others = [*self._arrived, *self._waiting, *self._running]
+        if job.terms.priority == 0 or len(others) < MIN_QUEUE:
+            return
+        wait_s, most_s = self._pace.wait_s(job, others), self.limits.max_wait_s
+        if job.terms.deadline is not None:
+            most_s = min(most_s, job.terms.deadline - time.monotonic())
+        if wait_s > most_s:
             raise self._refusal(
-                f"{num_jobs} requests wait for this model already, {work_s:.1f} s of work; try again later"
+                f"{len(others)} requests wait for this model already, this one for {wait_s:.1f} s; try again later"
             )
 
     def _refusal(self, reason: str) -> QueueFullError:
@@ -118,33 +121,6 @@ class Engine:
         if isinstance(outcomes[0], Exception):
             raise outcomes[0]
         return outcomes[0]
-
-    def encode_ahead(self, histories: Sequence[Tokens], seconds: float) -> int:
-        """Encode histories into the cache before anyone asks, the last ones first if time is short; return how many.
-
-        Call it before `start`.
-        """
-        until, cache, count = time.monotonic() + seconds, self.model.cache, 0
-        room = cache.num_pages
-        for tokens in reversed(histories):
-            room -= pages_for(len(tokens))
-            if room < 0 or time.monotonic() > until or (lease := cache.acquire(tokens)) is None:
-                break
-            try:
-                if lease.num_cached < len(tokens):
-                    piece = Piece(
-                        tokens=tokens.slice(lease.num_cached, len(tokens)),
-                        past=lease.num_cached,
-                        pages=lease.pages,
-                        keep=len(tokens) - lease.num_cached,
-                    )
-                    self.model.compute.encode([piece])
-                    cache.commit(lease)
-                self.recent.note(lease.first_key, tokens)
-            finally:
-                cache.release(lease)
-            count += 1
-        return count
 
     def start(self) -> None:
         """Step in a thread of its own until `close`."""
@@ -166,7 +142,7 @@ class Engine:
 
     def step(self) -> None:
         """Move every job on as far as its share of one step goes."""
-        began, ended = time.perf_counter(), self._num_ended
+        began, ended, computed_s = time.perf_counter(), self._num_ended, self.totals.encode_s + self.totals.answer_s
         self._take_arrived()
         self._drop_late()
         self._admit()
@@ -175,7 +151,8 @@ class Engine:
         self._answer()
         self._finish()
         self.totals.num_steps += 1
-        self._pace.add(time.perf_counter() - began, self._num_ended - ended)
+        computed_s = self.totals.encode_s + self.totals.answer_s - computed_s
+        self._pace.request.add(time.perf_counter() - began - computed_s, self._num_ended - ended)
 
     def _run(self) -> None:
         while True:
@@ -220,6 +197,7 @@ class Engine:
                 return
             job.lease, job.num_encoded, job.admitted = lease, lease.num_cached, time.monotonic()
             self.totals.wait_s += job.admitted - job.arrived
+            self._pace.missed.add(job.tokens_left, len(job.tokens))
             self._waiting.remove(job)
             self._running.append(job)
 
@@ -240,7 +218,9 @@ class Engine:
             job.row = next(rows) if piece.wants_row else None
             if job.num_encoded == len(job.tokens) and job.shared and job.lease is not None:
                 self.model.cache.commit(job.lease)
-        self.totals.encode_s += time.perf_counter() - began
+        seconds = time.perf_counter() - began
+        self.totals.encode_s += seconds
+        self._pace.token.add(seconds, sum(count for _, count in parts))
 
     def _answer(self) -> None:
         jobs = [job for job in self._running if not job.tokens_left and job.answers_left]
@@ -253,8 +233,10 @@ class Engine:
         except Exception as error:
             self._fail(parts, error)
             return
-        self.totals.num_answers += sum(count for _, count in parts)
-        self.totals.answer_s += time.perf_counter() - began
+        seconds, num_answers = time.perf_counter() - began, sum(count for _, count in parts)
+        self.totals.num_answers += num_answers
+        self.totals.answer_s += seconds
+        self._pace.answer.add(seconds, num_answers)
 
     def _finish(self) -> None:
         for job in [job for job in self._running if not job.tokens_left and not job.answers_left]:

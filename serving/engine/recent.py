@@ -11,15 +11,18 @@ import os
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from gr_platform.bundle.compute import PAGE_TOKENS
+from gr_platform.bundle.compute import PAGE_TOKENS, Piece, pages_for
 from gr_platform.models.tokens import FEATURE, Tokens
 from gr_platform.serving_state import histories_forgotten_at
+from serving.engine.cache import Lease
+from serving.engine.model import Model
 
 log = logging.getLogger(__name__)
 FIELDS = ("kinds", "items", "actions", "times", "query_times")
@@ -111,3 +114,32 @@ def load(path: Path, dataset: str, *, num_rows: int, num_actions: int, most_toke
             0 <= getattr(tokens, name).min() <= getattr(tokens, name).max() < limit for name, limit in bounds.items()
         )
     ]
+
+
+def encode_ahead(model: Model, kept: RecentHistories, histories: Sequence[Tokens], seconds: float) -> int:
+    """Encode histories, oldest first, into a model's cache before anyone asks, and keep them; return how many.
+
+    If time or room is short, the newest ones. As in the cache that they come from, the oldest will go first.
+    """
+    until, cache = time.monotonic() + seconds, model.cache
+    room, encoded = cache.num_pages, list[tuple[Tokens, Lease]]()
+    try:
+        for tokens in reversed(histories):
+            room -= pages_for(len(tokens))
+            if room < 0 or time.monotonic() > until or (lease := cache.acquire(tokens)) is None:
+                break
+            encoded.append((tokens, lease))
+            past = lease.num_cached
+            piece = Piece(tokens=tokens.slice(past, len(tokens)), past=past, pages=lease.pages, keep=len(tokens) - past)
+            if piece.keep:
+                model.compute.encode([piece])
+    except Exception:
+        # What was not encoded whole must not be found.
+        cache.release(encoded.pop()[1])
+        raise
+    finally:
+        for tokens, lease in reversed(encoded):
+            cache.commit(lease)
+            kept.note(lease.first_key, tokens)
+            cache.release(lease)
+    return len(encoded)

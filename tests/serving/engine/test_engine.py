@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from serving.engine.engine import MAX_ASKED, Engine, Limits
 from serving.engine.jobs import CANCEL_POLL_S, CancelledError, LateError, QueueFullError, Terms
+from serving.engine.pace import Ratio
 from serving.engine.requests import History, InvalidRequestError, RankRequest, RetrieveRequest
 from serving.engine.scheduler import share
 from tests.serving.engine.toy import history, some_history, toy_engine
@@ -166,22 +167,76 @@ def test_no_more_requests_are_taken_than_the_bound_says() -> None:
     assert engine.totals.ended == {"ok": 3, "UNAVAILABLE": 1}
 
 
-def test_what_would_wait_too_long_is_refused_at_once_and_a_hiccup_refuses_nobody() -> None:
-    engine = toy_engine("ranking", limits=Limits(max_wait_s=0.1))
-    for _ in range(30):
-        engine._pace.add(0.01, 1)
-    engine._pace.add(5.0, 1)
-    assert engine._pace.seconds_a_job < 0.015
-    for _ in range(20):
-        engine._pace.add(0.005, 0)
-        engine._pace.add(0.025, 1)
-    assert 0.02 < engine._pace.seconds_a_job < 0.03
-    taken = [submit(engine, rank(some_history(2))) for _ in range(4)]
-    with pytest.raises(QueueFullError, match=r"4 requests wait for this model already, 0\.1 s of work"):
-        submit(engine, rank(some_history(2)))
-    # The most urgent wait for each other alone: a supervisor's canary, a deployment's golden requests.
-    taken.append(submit(engine, rank(some_history(2)), Terms(priority=0)))
+def paced(engine: Engine, *, token_s: float = 0.0, answer_s: float = 0.0, request_s: float = 0.0) -> Engine:
+    """The engine, which believes that its work costs so much."""
+    for ratio, seconds in zip(
+        (engine._pace.token, engine._pace.answer, engine._pace.request), (token_s, answer_s, request_s), strict=True
+    ):
+        ratio.add(1e3 * seconds, 1e3)
+    engine._pace.missed.add(1e3, 1e3)
+    return engine
+
+
+def test_what_would_wait_too_long_is_refused_at_once_but_not_for_longer_ones_that_it_passes() -> None:
+    engine = paced(toy_engine("ranking", limits=Limits(max_wait_s=0.3)), answer_s=0.001)
+    taken = [submit(engine, rank(some_history(2), 200)) for _ in range(4)]
+    with pytest.raises(QueueFullError, match=r"4 requests wait for this model already, this one for 0\.8 s"):
+        submit(engine, rank(some_history(2), 200))
+    # Four times its own ten milliseconds, of each: what longer ones may take from it.
+    taken.append(submit(engine, rank(some_history(2), 10)))
+    # The most urgent are not asked: a supervisor's canary, a deployment's golden requests.
+    taken.append(submit(engine, rank(some_history(2), 200), Terms(priority=0)))
     run(engine, *taken)
+
+
+def test_what_cannot_begin_before_its_deadline_is_refused_at_once() -> None:
+    engine = paced(toy_engine("ranking"), request_s=0.02)
+    taken = [submit(engine, rank(some_history(2))) for _ in range(5)]
+    with pytest.raises(QueueFullError, match=r"this one for 0\.1 s"):
+        submit(engine, rank(some_history(2)), Terms(deadline=time.monotonic() + 0.05))
+    taken.append(submit(engine, rank(some_history(2)), Terms(deadline=time.monotonic() + 5)))
+    run(engine, *taken)
+
+
+def test_nobody_is_refused_for_the_less_urgent_and_all_for_the_more_urgent() -> None:
+    engine = paced(toy_engine("ranking", limits=Limits(max_wait_s=0.3)), answer_s=0.001)
+    taken = [submit(engine, rank(some_history(2), 400), Terms(priority=3)) for _ in range(4)]
+    taken.append(submit(engine, rank(some_history(2), 400), Terms(priority=2)))
+    with pytest.raises(QueueFullError, match=r"this one for 0\.4 s"):
+        submit(engine, rank(some_history(2), 1), Terms(priority=3))
+    run(engine, *taken)
+
+
+def test_a_history_counts_by_what_is_left_of_it_and_by_the_usual_hits_before_it_is_looked_for() -> None:
+    engine = paced(toy_engine("ranking", limits=Limits(step_tokens=8)), token_s=0.01)
+    first = submit(engine, rank(some_history(12), 1))
+    (waiting,) = engine._arrived
+    assert engine._pace.work_s(waiting) == pytest.approx(25 * 0.01, rel=0.01)
+    engine.step()
+    (running,) = engine._running
+    assert engine._pace.work_s(running) == pytest.approx(engine._pace.token.value * 17, rel=0.1)
+    run(engine, first)
+    for _ in range(300):
+        engine.ask(rank(some_history(12), 1))
+    again = submit(engine, rank(some_history(12), 1))
+    (waiting,) = engine._arrived
+    assert engine._pace.missed.value < 0.01
+    assert engine._pace.work_s(waiting) < engine._pace.token.value + engine._pace.request.value + 0.01
+    run(engine, again)
+
+
+def test_a_hiccup_hardly_moves_what_a_unit_of_work_is_taken_for_and_a_change_does() -> None:
+    ratio = Ratio()
+    assert ratio.value == 0
+    ratio.add(1.0, 0)
+    ratio.add(0.0, 50)
+    for _ in range(100):
+        ratio.add(0.5, 50)
+    ratio.add(60.0, 50)
+    assert 0.01 < ratio.value < 0.012
+    for _ in range(100):
+        ratio.add(1.0, 50)
+    assert ratio.value == pytest.approx(0.02, rel=0.01)
 
 
 def test_late_and_cancelled_requests_end_and_give_their_pages_back() -> None:

@@ -29,6 +29,10 @@ def asked(tmp_path, *, max_tokens: int = 1000):
     return recent.load(tmp_path / "recent", "toy", num_rows=NUM_ROWS, num_actions=3, most_tokens=25)
 
 
+def ahead(engine, histories, seconds):
+    return recent.encode_ahead(engine.model, engine.recent, histories, seconds)
+
+
 def test_a_history_that_grew_is_kept_once_and_the_newest_is_last(tmp_path):
     histories = asked(tmp_path)
     # Histories of less than a page have no first page in common: each is one.
@@ -41,7 +45,7 @@ def test_a_history_that_grew_is_kept_once_and_the_newest_is_last(tmp_path):
 def test_a_new_model_has_them_in_its_cache_and_scores_by_itself(tmp_path):
     histories = asked(tmp_path)
     new, fresh = (toy_engine("ranking", digest="new", salt=2) for _ in range(2))
-    assert new.encode_ahead(histories, 5.0) == len(histories)
+    assert ahead(new, histories, 5.0) == len(histories)
     new.model.cache.check_integrity()
     for seed, num_events in enumerate((12, 3, 9, 11)):
         warm, cold = new.ask(request(num_events, seed)), fresh.ask(request(num_events, seed))
@@ -52,9 +56,20 @@ def test_a_new_model_has_them_in_its_cache_and_scores_by_itself(tmp_path):
 def test_the_newest_come_first_where_room_is_short(tmp_path):
     histories = asked(tmp_path)
     small = toy_engine("ranking", cache_bytes=2 * (16 * (2 * 1 * 3 * 4 + 8) + 512))
-    assert small.encode_ahead(histories, 5.0) == 1
+    assert ahead(small, histories, 5.0) == 1
     assert small.ask(request(11, 3)).cached_tokens == 23
-    assert toy_engine("ranking").encode_ahead(histories, -1.0) == 0
+    assert ahead(toy_engine("ranking"), histories, -1.0) == 0
+
+
+def test_the_oldest_of_them_go_first_from_the_cache_and_from_what_is_kept(tmp_path):
+    histories = asked(tmp_path)
+    engine = toy_engine("ranking", cache_bytes=len(histories) * 2 * (16 * (2 * 1 * 3 * 4 + 8) + 512))
+    assert ahead(engine, histories, 5.0) == len(histories)
+    assert [len(tokens) for tokens in engine.recent._histories.values()] == [len(tokens) for tokens in histories]
+    while not engine.model.cache.counters.evictions:
+        engine.ask(request(12, 100 + engine.totals.num_steps))
+    found = [engine.model.cache.acquire(tokens).num_cached == len(tokens) for tokens in (histories[0], histories[-1])]
+    assert found == [False, True]
 
 
 def test_no_more_tokens_are_kept_than_the_bound_says(tmp_path):
@@ -109,7 +124,7 @@ def test_a_history_that_cannot_be_encoded_keeps_no_page(tmp_path):
     histories, engine = asked(tmp_path), toy_engine("ranking")
     engine.model.compute.broken = True
     with pytest.raises(RuntimeError):
-        engine.encode_ahead(histories, 5.0)
+        ahead(engine, histories, 5.0)
     assert not engine.model.cache._leases
     engine.model.cache.check_integrity()
 
