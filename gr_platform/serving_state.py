@@ -41,7 +41,7 @@ def forget_recent(home: Path) -> None:
     folder = recent_folder(home)
     if folder.is_dir():
         (folder / FORGOTTEN).touch()
-        for file in folder.glob("*.safetensors"):
+        for file in folder.glob("*.safetensors*"):
             file.unlink(missing_ok=True)
 
 

@@ -159,29 +159,39 @@ def ensure(parent: Path, kind: str, spec: Mapping[str, Any], build: Callable[[Pa
     """Return the result of `spec`, building it unless a valid one is there.
 
     `build(folder)` writes files into an empty temporary folder and returns the facts. The result's folder is
-    `parent/<kind>-<first 16 digits of the spec's digest>`. A damaged result is built again.
+    `parent/<kind>-<first 16 digits of the spec's digest>`. A damaged result is built again, and stays until the new one
+    is there: somebody may use what is left of it.
     """
     found = find(parent, kind, spec)
     if found is not None:
         return found
     spec, folder = _named(parent, kind, spec)
-    shutil.rmtree(folder, ignore_errors=True)
     parent.mkdir(parents=True, exist_ok=True)
     sweep(parent)
     building = Path(tempfile.mkdtemp(dir=parent, prefix=".building-"))
     try:
         facts = build(building)
         manifest = write_manifest(building, kind=kind, spec=spec, facts=facts)
-        try:
-            os.rename(building, folder)
-        except OSError:
-            # Another process may have finished the same result first: then its folder is as good as ours.
-            shutil.rmtree(building)
-            return Result(folder=folder, manifest=read_manifest(folder, verify=True), reused=True)
+        # Another process may have finished the same result first: then its folder is as good as ours.
+        if (found := find(parent, kind, spec)) is None:
+            try:
+                _replace(folder, building)
+            except OSError:
+                if (found := find(parent, kind, spec)) is None:
+                    raise
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise
-    return Result(folder=folder, manifest=manifest, reused=False)
+    shutil.rmtree(building, ignore_errors=True)
+    return found or Result(folder=folder, manifest=manifest, reused=False)
+
+
+def _replace(folder: Path, by: Path) -> None:
+    """Put `by` in the place of a folder that is damaged, or not there."""
+    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".retired-", ignore_cleanup_errors=True) as retired:
+        if folder.exists():
+            os.rename(folder, Path(retired) / folder.name)
+        os.rename(by, folder)
 
 
 def sweep(parent: Path) -> None:

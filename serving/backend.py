@@ -32,6 +32,7 @@ from serving.engine.jobs import DEFAULT_PRIORITY, Job, Terms
 from serving.engine.model import Model
 from serving.engine.requests import InvalidRequestError
 from serving.engine_metrics import EngineMetrics
+from serving.wire import MODEL_DIGEST
 
 PRIORITY = "gr_priority"
 # Sending an answer is a round trip to the server's process: the engine computes on meanwhile.
@@ -206,7 +207,10 @@ class EngineModel(ABC):
         try:
             if isinstance(outcome, Exception):
                 raise outcome
-            tensors = [self.pb_utils.Tensor(name, value) for name, value in self.encode(outcome).items()]
+            outputs = dict(self.encode(outcome))
+            if MODEL_DIGEST in request.requested_output_names():
+                outputs[MODEL_DIGEST] = np.array([[self._engine.model.bundle.digest.encode()]], object)
+            tensors = [self.pb_utils.Tensor(name, value) for name, value in outputs.items()]
             response = self.pb_utils.InferenceResponse(output_tensors=tensors)
         except Exception as error:
             # The process boundary, in a thread of its own: what is raised here nobody would hear of.

@@ -9,6 +9,7 @@ from typing import get_args
 
 from gr_platform import option_files
 from gr_platform.bundle.compute import CacheType, ComputePath
+from serving.engine.requests import MAX_CANDIDATES
 
 FILE = "serving.toml"
 _CHOICES = {"compute": get_args(ComputePath), "cache_dtype": get_args(CacheType)}
@@ -52,6 +53,11 @@ class ServingOptions:
             for name in names:
                 if getattr(self, name) < least:
                     raise ValueError(f"ServingOptions.{name} is {getattr(self, name)}, must be at least {least}")
+        if self.retrieval_depth > MAX_CANDIDATES:
+            raise ValueError(
+                f"ServingOptions.retrieval_depth is {self.retrieval_depth}, must be at most {MAX_CANDIDATES}, which is "
+                "what can be ranked"
+            )
         if not 0.0 <= self.shadow_share <= 1.0:
             raise ValueError(f"ServingOptions.shadow_share is {self.shadow_share}, must be from 0 to 1")
 

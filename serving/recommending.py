@@ -58,17 +58,29 @@ class RecommenderModel(AnsweringModel):
         user = _user_of(call)
         shared = [call.tensor(name) for name in (*HISTORY, "REQUEST_TIME")]
         depth = self.pb_utils.Tensor("K", np.array([[max(k, self._depth)]], np.int32))
-        outputs = ["ITEMS", "CACHED_TOKENS"]
-        items, found = call.ask("gr_retriever", [*shared, call.tensor("EXCLUDE"), depth], outputs)
+        outputs = ["ITEMS", "CACHED_TOKENS", wire.MODEL_DIGEST]
+        items, found, retriever = call.ask("gr_retriever", [*shared, call.tensor("EXCLUDE"), depth], outputs)
         call.check_wanted()
         candidates = self.pb_utils.Tensor("CANDIDATES", items)
-        scores, reused = call.ask("gr_ranker", [*shared, candidates], ["SCORES", "CACHED_TOKENS"])
+        outputs = ["SCORES", "CACHED_TOKENS", wire.MODEL_DIGEST]
+        scores, reused, ranker = call.ask("gr_ranker", [*shared, candidates], outputs)
         # A stable sort keeps the retriever's order among equals.
         best = np.argsort(-scores[0].mean(axis=1), kind="stable")[:k]
         chosen, chosen_scores = items[:, best], scores[:, best]
 
         def afterwards(latency_ms: float) -> None:
-            self._record(call.request_id, user, arrays, chosen, chosen_scores[0], latency_ms)
+            entry = Served(
+                request_id=call.request_id,
+                served_ts=time.time_ns() // 1_000_000,
+                request_ts=int(arrays["REQUEST_TIME"][0, 0]),
+                user=user,
+                items=wire.decode_ids(chosen[0], "ITEMS"),
+                scores=chosen_scores[0],
+                latency_ms=latency_ms,
+                retriever_digest=_digest(retriever),
+                ranker_digest=_digest(ranker),
+            )
+            self._record(entry, {name: arrays[name] for name in (*HISTORY, "REQUEST_TIME")} | {"CANDIDATES": chosen})
 
         return Answer(
             outputs={"ITEMS": chosen, "SCORES": chosen_scores, "CACHED_TOKENS": found + reused},
@@ -89,26 +101,9 @@ class RecommenderModel(AnsweringModel):
             raise InvalidRequestError(f"K is {decoded.k}, at most {MAX_CANDIDATES} items can be ranked")
         return decoded.k
 
-    def _record(
-        self,
-        request_id: str,
-        user: str | None,
-        arrays: Mapping[str, np.ndarray],
-        items: np.ndarray,
-        scores: np.ndarray,
-        latency_ms: float,
-    ) -> None:
+    def _record(self, entry: Served, inputs: Mapping[str, np.ndarray]) -> None:
+        """Log an answer; `inputs`: what a challenger is asked about it."""
         assert self._log is not None
-        entry = Served(
-            request_id=request_id,
-            served_ts=time.time_ns() // 1_000_000,
-            request_ts=int(arrays["REQUEST_TIME"][0, 0]),
-            user=user,
-            items=wire.decode_ids(items[0], "ITEMS"),
-            scores=scores,
-            latency_ms=latency_ms,
-        )
-        inputs = {name: arrays[name] for name in (*HISTORY, "REQUEST_TIME")} | {"CANDIDATES": items}
         if self._shadow is None or not self._shadow.took(entry, inputs):
             self._log.record(entry)
         self._count(self._log)
@@ -157,9 +152,10 @@ class _Shadow:
         try:
             if not self._closing:
                 tensors = [self._pb_utils.Tensor(name, value) for name, value in inputs.items()]
-                outputs, timeout_us = ["SCORES"], SHADOW_TIMEOUT_US
-                (scores,) = ask(self._pb_utils, CHALLENGER, tensors, outputs, entry.request_id, timeout_us)
-                entry = replace(entry, shadow_scores=scores[0], shadow_ms=_ms_since(began))
+                outputs, timeout_us = ["SCORES", wire.MODEL_DIGEST], SHADOW_TIMEOUT_US
+                scores, digest = ask(self._pb_utils, CHALLENGER, tensors, outputs, entry.request_id, timeout_us)
+                took_ms = _ms_since(began)
+                entry = replace(entry, shadow_scores=scores[0], shadow_ms=took_ms, shadow_digest=_digest(digest))
                 self._count("gr_shadow_total")
         except Exception as error:
             # Nobody waits for it: whatever the challenger's fault is, it is counted, and the row is logged without it.
@@ -173,6 +169,10 @@ class _Shadow:
     def _count(self, name: str) -> None:
         with self._lock:
             self.totals[name] += 1
+
+
+def _digest(output: np.ndarray) -> str:
+    return str(output[0, 0].decode())
 
 
 def _ms_since(began: float) -> float:

@@ -89,7 +89,7 @@ class ServedLog:
                 self._first_s = time.monotonic()
             self._waiting.append((entry, size))
             self._queued_bytes += size
-            if len(self._waiting) == self._bounds.part_rows:
+            if len(self._waiting) in (1, self._bounds.part_rows):
                 self._changed.notify()
 
     def close(self, timeout_s: float = 10.0) -> None:
@@ -119,8 +119,7 @@ class ServedLog:
                 left = self._first_s + self._bounds.part_s - time.monotonic() if self._waiting else None
                 if left is not None and left <= 0:
                     break
-                # With nothing waiting the first row must start the clock, which nobody signals: look now and then.
-                self._changed.wait(self._bounds.part_s if left is None else left)
+                self._changed.wait(left)
             taken: list[tuple[Served, int]] = []
             while self._waiting and len(taken) < self._bounds.part_rows:
                 if taken and day_of(self._waiting[0][0]) != day_of(taken[0][0]):
@@ -162,7 +161,12 @@ class ServedLog:
             if rows:
                 self._write_part(rows)
             self._done(taken, num_written=len(rows))
-            self._trim()
+            try:
+                self._trim()
+            except OSError as error:
+                # The rows are written: failing here must not write them again.
+                log.warning("event=served_log_not_trimmed reason=%s", error)
+                self._count(num_failed=1)
 
     def _write_part(self, rows: list[tuple[Served, str | None]]) -> None:
         first = rows[0][0]

@@ -20,7 +20,8 @@ class Served:
     """One answer. Times in ms UTC: served_ts by the server's clock, request_ts as asked for.
 
     items: raw ids [n]. scores: float32 [n, tasks]. shadow_scores: the same by the challenger, None if it was not asked
-    or failed. shadow_ms: how long it took to answer or to fail, None if it was not asked.
+    or failed. shadow_ms: how long it took to answer or to fail, None if it was not asked. Digests: of the models that
+    answered, "" for those of the log: a pair is swapped one model after the other.
     """
 
     request_id: str
@@ -30,6 +31,9 @@ class Served:
     items: np.ndarray
     scores: np.ndarray
     latency_ms: float
+    retriever_digest: str = ""
+    ranker_digest: str = ""
+    shadow_digest: str = ""
     shadow_scores: np.ndarray | None = None
     shadow_ms: float | None = None
 
@@ -38,12 +42,13 @@ class Served:
         """Roughly what the entry takes in memory."""
         ids = 8 * len(self.items) if self.items.dtype.kind == "i" else sum(60 + len(item) for item in self.items)
         shadow = 0 if self.shadow_scores is None else self.shadow_scores.nbytes
-        return _ENTRY_BYTES + ids + self.scores.nbytes + shadow
+        return _ENTRY_BYTES + len(self.request_id) + len(self.user or "") + ids + self.scores.nbytes + shadow
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServedBy:
-    """What all rows of one log have in common: id type (int64 or string), task names, digests ("" = no shadow)."""
+    """What rows of one log have in common: id type (int64 or string), task names, digests of the deployed models
+    ("" = no shadow)."""
 
     item_id_type: str
     tasks: tuple[str, ...]
@@ -90,15 +95,21 @@ def table_of(rows: list[tuple[Served, str | None]], by: ServedBy) -> pa.Table:
         pa.array([entry.request_id for entry in entries]),
         pa.array([entry.served_ts for entry in entries], pa.int64()),
         pa.array([entry.request_ts for entry in entries], pa.int64()),
-        pa.array([by.retriever_digest] * len(rows)),
-        pa.array([by.ranker_digest] * len(rows)),
+        pa.array([entry.retriever_digest or by.retriever_digest for entry in entries]),
+        pa.array([entry.ranker_digest or by.ranker_digest for entry in entries]),
         pa.array([hashed for _, hashed in rows], pa.string()),
         _lists(
             pa.array(np.concatenate([entry.items for entry in entries]), schema.field("items").type.value_type), entries
         ),
         _scores([entry.scores for entry in entries], np.ones(len(rows), bool)),
         pa.array([entry.latency_ms for entry in entries], pa.float32()),
-        pa.array([by.shadow_digest if there else None for there in was_asked.tolist()], pa.string()),
+        pa.array(
+            [
+                (entry.shadow_digest or by.shadow_digest) if asked else None
+                for entry, asked in zip(entries, was_asked.tolist(), strict=True)
+            ],
+            pa.string(),
+        ),
         _scores([none if e.shadow_scores is None else e.shadow_scores for e in entries], has_shadow),
         pa.array([entry.shadow_ms for entry in entries], pa.float32()),
     ]

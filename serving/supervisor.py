@@ -58,7 +58,7 @@ class Supervisor:
                 try:
                     self.tick()
                 except OSError as error:
-                    # A full disk or a file that goes while it is read: the server is better watched than left alone.
+                    # A full disk, a file that goes while it is read: the server is better watched than left alone.
                     log.error("event=not_looked_at reason=%r", error)
                 self._stop.wait(self._policy.interval_s)
         finally:
@@ -132,9 +132,17 @@ class Supervisor:
         folder = repository.current(self._home)
         models = swap.in_swap_order(swap.models_in(folder)) if folder is not None else ()
         if folder is None or not models:
-            # An external server may have a repository of its own.
-            return dict.fromkeys(swap.known(self._client) if self._server is None else ())
-        return {model: verification.wanted_parameters(folder, model) for model in models}
+            # An external server may have a repository of its own, and what is loaded outlives a folder that is gone.
+            return dict.fromkeys(swap.known(self._client))
+        return {model: self._wanted_of(folder, model) for model in models}
+
+    def _wanted_of(self, folder: Path, model: str) -> Mapping[str, str] | None:
+        try:
+            return verification.wanted_parameters(folder, model)
+        except UserError as error:
+            # What is loaded serves on, whatever has become of its files.
+            log.error("event=repository_damaged model=%s reason=%r", model, str(error))
+            return None
 
     def _heal(self, model: str, reason: str) -> None:
         with self._alone() as alone:

@@ -147,8 +147,7 @@ def undo_interrupted(home: Path) -> bool:
     except (ValueError, KeyError):
         raise UserError(f"$GR_HOME/{JOURNAL} is damaged; delete it and deploy again") from None
     log.warning("event=deployment_undone folder=%s reason=it_was_killed", before.name)
-    if before.is_dir():
-        _roll_back(home, before, ())
+    _roll_back(home, before, ())
     journal.unlink()
     return True
 
@@ -186,6 +185,10 @@ def _swap(handle: ServerHandle, folder: Path, swapped: list[str], timeout_s: flo
 
 def _roll_back(home: Path, before: Path, swapped: Iterable[str]) -> None:
     """Point the repository at `before` and have the server serve it: what was swapped, and what is found to differ."""
+    if not before.is_dir():
+        # Somebody deleted it: what is loaded serves on.
+        log.error("event=nothing_to_go_back_to folder=%s", before.name)
+        return
     if repository.current(home) != before:
         repository.point_to(home, before)
     handle = attach(home)

@@ -31,9 +31,17 @@ _DEPTH = 1000
 
 
 def wanted_parameters(folder: Path, model: str) -> dict[str, str]:
-    """Return the parameters in the config.pbtxt of a repository folder's model, its `model_digest` among them."""
-    text = (folder / model / "config.pbtxt").read_text(encoding="utf-8")
-    config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    """Return the parameters in the config.pbtxt of a repository folder's model, its `model_digest` among them.
+
+    Raises UserError if the file is damaged.
+    """
+    try:
+        text = (folder / model / "config.pbtxt").read_text(encoding="utf-8")
+        config = text_format.Parse(text, model_config_pb2.ModelConfig())
+    except (UnicodeDecodeError, text_format.ParseError):
+        raise UserError(
+            f"the config.pbtxt of {model} in the served repository is damaged; deploy the pair again"
+        ) from None
     return {key: value.string_value for key, value in config.parameters.items()}
 
 

@@ -30,6 +30,8 @@ RETRIEVER_INPUTS = (
     "K",
 )
 
+# Output of both: BYTES [1, 1], the digest of the bundle that answered; made where it is asked for.
+MODEL_DIGEST = "MODEL_DIGEST"
 MAX_ID_BYTES = 1024
 
 Tensors = Mapping[str, np.ndarray]

@@ -43,6 +43,23 @@ def test_two_processes_that_build_the_same_result_end_with_one(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == [result.folder.name]
 
 
+def test_a_damaged_result_stays_until_the_new_one_is_there(tmp_path):
+    made = storage.ensure(tmp_path, "kind", {"a": 1}, _build)
+    (made.folder / "data").write_text("contents")
+
+    def fails(folder):
+        (folder / "data").write_text("cont")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(OSError, match="No space"):
+        storage.ensure(tmp_path, "kind", {"a": 1}, fails)
+    assert (made.folder / "data").read_text() == "contents"
+    assert [path.name for path in tmp_path.iterdir()] == [made.folder.name]
+    assert storage.ensure(tmp_path, "kind", {"a": 1}, _build).manifest == made.manifest
+    assert (made.folder / "data").read_text() == "content"
+    assert [path.name for path in tmp_path.iterdir()] == [made.folder.name]
+
+
 def test_leftovers_of_killed_tasks_go_once_they_are_old(tmp_path):
     old, young = tmp_path / ".building-old", tmp_path / ".building-young"
     old.mkdir()

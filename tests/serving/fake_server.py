@@ -76,6 +76,9 @@ class Request:
     def parameters(self) -> str:
         return json.dumps(self._parameters) if self._parameters else ""
 
+    def requested_output_names(self) -> list[str]:
+        return []
+
     def is_cancelled(self) -> bool:
         return self.cancelled
 

@@ -57,8 +57,9 @@ class FakeMetric:
 class FakeRequest:
     """A request with the inputs of gr_ranker; the answer comes to `answer()`."""
 
-    def __init__(self, tensors, *, timeout_us=0, parameters=None, cancelled=False):
+    def __init__(self, tensors, *, timeout_us=0, parameters=None, cancelled=False, wanted=("SCORES",)):
         self.tensors, self.parameters_json = tensors, json.dumps(parameters or {})
+        self.wanted = wanted
         self.timeout_us, self.cancelled = timeout_us, cancelled
         self.answers, self.answered = [], threading.Event()
         self.fails = 0
@@ -73,6 +74,9 @@ class FakeRequest:
         assert flags == "final"
         self.answers.append(response)
         self.answered.set()
+
+    def requested_output_names(self):
+        return list(self.wanted)
 
     def timeout(self):
         return self.timeout_us
@@ -151,6 +155,16 @@ def test_each_request_of_a_batch_gets_its_own_answer_or_error(model, caplog):
     assert np.array_equal(good.outputs[0][1][0], expected.scores)
     assert (failed.error.message, failed.error.code) == ("internal error", "INTERNAL")
     assert "CANDIDATES" in caplog.text
+
+
+def test_who_asks_for_it_is_told_which_bundle_answered(model):
+    told = []
+    for wanted in (("SCORES",), ("SCORES", "MODEL_DIGEST")):
+        request = FakeRequest(tensors(), wanted=wanted)
+        model.execute([request])
+        told.append(dict(request.answer().outputs).get("MODEL_DIGEST"))
+    assert told[0] is None
+    assert told[1].tolist() == [[b"model"]]
 
 
 def test_what_breaks_inside_is_logged_and_not_told(model, caplog):

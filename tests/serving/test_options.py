@@ -21,6 +21,7 @@ def test_no_file_means_the_defaults_and_a_file_replaces_some(tmp_path):
         ("num_threads = true", "must be of type int"),
         ("cache_bytes = -1", "cache_bytes is -1, must be at least 0"),
         ("max_batch_size = 0", "max_batch_size is 0, must be at least 1"),
+        ("retrieval_depth = 10001", "retrieval_depth is 10001, must be at most 10000"),
         ("shadow_share = 1.5", "shadow_share is 1.5, must be from 0 to 1"),
         ('compute = "gpu"', "compute is 'gpu', must be one of auto, torch, onnx"),
         ('cache_dtype = "int8"', "must be one of fp32, fp16, bf16"),

@@ -33,18 +33,30 @@ def scalar(value, dtype=np.int64):
 
 def retriever(request):
     count = int(request.inputs["K"][0, 0])
-    return InferenceResponse([Tensor("ITEMS", np.arange(100, 100 + count)[None]), Tensor("CACHED_TOKENS", scalar(3))])
+    return InferenceResponse(
+        [
+            Tensor("ITEMS", np.arange(100, 100 + count)[None]),
+            Tensor("CACHED_TOKENS", scalar(3)),
+            Tensor("MODEL_DIGEST", np.array([[b"r1"]], object)),
+        ]
+    )
 
 
 def ranker(request):
     """Probabilities that rise with the candidate."""
     scores = request.inputs["CANDIDATES"][0].astype(np.float32)[:, None] / 1000 * [1.0, 0.5]
-    return InferenceResponse([Tensor("SCORES", scores[None].astype(np.float32)), Tensor("CACHED_TOKENS", scalar(4))])
+    return InferenceResponse(
+        [
+            Tensor("SCORES", scores[None].astype(np.float32)),
+            Tensor("CACHED_TOKENS", scalar(4)),
+            Tensor("MODEL_DIGEST", np.array([[b"k2"]], object)),
+        ]
+    )
 
 
 def shadow(request):
     scores = -request.inputs["CANDIDATES"][0].astype(np.float32)[:, None]
-    return InferenceResponse([Tensor("SCORES", scores[None])])
+    return InferenceResponse([Tensor("SCORES", scores[None]), Tensor("MODEL_DIGEST", np.array([[b"s2"]], object))])
 
 
 def loaded(kind, models, **parameters):
@@ -103,7 +115,9 @@ def test_the_best_of_the_retrieved_are_returned_and_logged_without_the_users_id(
     assert rows[0]["user_hash"] == serving_state.user_hash(serving_state.hash_key(home), DS, "person-7")
     assert [row["items"] for row in rows] == [[119, 118, 117, 116, 115], [119]]
     assert rows[0]["scores"] == answer.outputs["SCORES"][0].tolist()
-    assert (rows[0]["request_id"], rows[0]["request_ts"], rows[0]["ranker_digest"]) == ("request 1", 30, "k1")
+    assert (rows[0]["request_id"], rows[0]["request_ts"]) == ("request 1", 30)
+    # Of the models that answered: the ranker has been swapped already, the recommender not yet.
+    assert (rows[0]["retriever_digest"], rows[0]["ranker_digest"]) == ("r1", "k2")
     assert rows[1]["user_hash"] is None
     assert abs(rows[0]["served_ts"] - 1000 * time.time()) < 60_000
     assert all(b"person-7" not in path.read_bytes() for path in home.rglob("*") if path.is_file())
@@ -139,7 +153,7 @@ def test_a_share_of_the_requests_is_scored_by_the_challenger_after_the_answer(ho
     model.finalize()
     first, second = rows_in(serving_state.served_folder(home, DS))
     assert first["shadow_scores"] == [[-119.0], [-118.0], [-117.0]]
-    assert (first["shadow_digest"], len(second["shadow_scores"])) == ("s1", 2)
+    assert (first["shadow_digest"], len(second["shadow_scores"])) == ("s2", 2)
     assert model.pb_utils.counters["gr_shadow_total"] >= 1
 
 
@@ -165,6 +179,7 @@ def test_a_challenger_that_fails_or_lags_costs_no_answer_and_no_row(home, monkey
     model.finalize()
     rows = rows_in(serving_state.served_folder(home, DS))
     assert [row["shadow_scores"] for row in rows] == [None] * 3
+    assert sorted(row["shadow_digest"] or "" for row in rows) == ["", "", "s1"]
     assert model._shadow.totals == {"gr_shadow_total": 0, "gr_shadow_dropped_total": 2, "gr_shadow_failed_total": 1}
 
 

@@ -129,6 +129,47 @@ def test_more_rows_than_may_wait_are_dropped_and_counted_and_nobody_waits(tmp_pa
     assert log.counters.num_dropped == 71
 
 
+def test_a_log_that_cannot_be_trimmed_is_written_once_all_the_same(tmp_path, monkeypatch):
+    def broken(self):
+        raise OSError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(ServedLog, "_trim", broken)
+    log = log_in(tmp_path, part_rows=1)
+    for number in range(3):
+        log.record(entry(number))
+        until(lambda: log.counters.num_failed == number + 1)  # noqa: B023
+    log.close()
+    assert [row["request_id"] for row in rows_in(tmp_path)] == ["r0", "r1", "r2"]
+    assert log.counters == module.LogCounters(num_written=3, num_failed=3)
+
+
+def test_what_is_written_gives_its_room_back(tmp_path):
+    log = log_in(tmp_path, part_rows=1, queue_bytes=entry(0).size_bytes + 10)
+    for number in range(5):
+        log.record(entry(number))
+        until(lambda: log.counters.num_written == number + 1)  # noqa: B023
+    log.close()
+    assert log.counters.num_dropped == 0
+
+
+def test_a_long_request_id_counts(tmp_path):
+    one = entry(0)
+    fields = {name: getattr(one, name) for name in Served.__slots__} | {"request_id": "r" * 10_000}
+    assert Served(**fields).size_bytes - one.size_bytes == 10_000 - len("r0")
+
+
+def test_a_log_that_writes_at_once_rests_while_nothing_comes(tmp_path):
+    log = log_in(tmp_path, part_s=0.0)
+    looked, wait = [], log._changed.wait
+    log._changed.wait = lambda timeout=None: looked.append(timeout) or wait(timeout)
+    log.record(entry(0))
+    until(lambda: log.counters.num_written == 1)
+    time.sleep(0.05)
+    assert looked[-1:] == [None]
+    assert len(looked) <= 2
+    log.close()
+
+
 def test_the_bytes_that_wait_are_bounded_too(tmp_path):
     log = log_in(tmp_path, queue_bytes=100_000)
     for number in range(20):

@@ -131,6 +131,28 @@ def one_model(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return loaded
 
 
+def test_a_damaged_or_missing_repository_ends_no_watch_over_what_is_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looked: list[str] = []
+    answers = Check(model="gr_ranker", outcome=Outcome.ANSWERS, milliseconds=1.0, error="", parameters={})
+    monkeypatch.setattr(Supervisor, "_is_live", lambda self: True)
+    monkeypatch.setattr(swap, "known", lambda client: ["gr_ranker"])
+    monkeypatch.setattr(canary, "check", lambda client, model, deadline_s: looked.append(model) or answers)
+    config = tmp_path / "model_repositories" / "pair-1" / "gr_ranker" / "config.pbtxt"
+    config.parent.mkdir(parents=True)
+    config.write_text('name: "gr_ranker"\nparameters [ {')
+    repository.point_to(tmp_path, config.parents[1])
+    watching = Supervisor(a_handle(tmp_path), StandIn(tmp_path, []), QUICK)
+    for _ in range(5):
+        watching.tick()
+    config.unlink()
+    watching.tick()
+    (tmp_path / repository.LINK).unlink()
+    watching.tick()
+    assert looked == ["gr_ranker"] * 7
+
+
 def test_a_dead_model_is_loaded_again_but_not_for_ever(tmp_path: Path, one_model: list[str]) -> None:
     server = StandIn(tmp_path, [None])
     watching = Supervisor(a_handle(tmp_path), server, QUICK)
