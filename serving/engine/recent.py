@@ -28,6 +28,8 @@ log = logging.getLogger(__name__)
 FIELDS = ("kinds", "items", "actions", "times", "query_times")
 # 8 MB of tokens; a cache of as many tokens is larger than most.
 MAX_TOKENS = 200_000
+# The clock that files are stamped by lags behind the one that is read here.
+CLOCK_LAG_S = 0.05
 
 
 class RecentHistories:
@@ -39,7 +41,7 @@ class RecentHistories:
     def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
         self._histories: OrderedDict[bytes, Tokens] = OrderedDict()
         self._num_tokens, self._max_tokens, self._changed = 0, max_tokens, False
-        self._since = time.time()
+        self._since = time.time() - CLOCK_LAG_S
         self._lock = threading.Lock()
 
     def note(self, key: bytes, tokens: Tokens) -> None:
@@ -55,12 +57,12 @@ class RecentHistories:
 
     def save(self, path: Path, dataset: str) -> None:
         """Write the histories, if any is new since the last time; the file shows itself whole, to its owner alone."""
-        began = time.time()
+        began = time.time() - CLOCK_LAG_S
         with self._lock:
-            if histories_forgotten_at(path.parent) > self._since:
+            if (forgotten_at := histories_forgotten_at(path.parent)) > self._since:
                 # A person was forgotten, and which of these is theirs nobody knows: none is kept.
                 self._histories.clear()
-                self._num_tokens, self._since = 0, began
+                self._num_tokens, self._since = 0, forgotten_at
             if not self._changed or not self._histories:
                 return
             self._changed = False

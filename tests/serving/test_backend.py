@@ -11,10 +11,12 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from gr_platform.errors import UserError
 from serving import backend, wire
 from serving.backend import EngineModel, ModelSettings
 from serving.engine.engine import Engine, Limits
-from serving.engine.requests import MAX_EVENTS, InvalidRequestError
+from serving.engine.ranker import Ranker
+from serving.engine.requests import MAX_EVENTS, History, InvalidRequestError, RankRequest
 from serving.engine_metrics import ScoreMoments
 from serving.wire import MAX_ID_BYTES, decode_ids, decode_rank, encode_ids
 from tests.serving.engine.toy import some_history, toy_engine
@@ -195,6 +197,63 @@ def test_a_full_queue_a_passed_deadline_and_a_gone_caller_have_their_codes(model
     assert len(refused) == 4
     assert {request.answer().error.code for request in refused} == {"UNAVAILABLE"}
     assert all(request.answer().error is None for request in others if request not in refused)
+
+
+def test_a_model_whose_engine_has_ended_is_not_ready_and_takes_nothing(model):
+    assert model.is_ready()
+    engine = model._engine
+    engine._thread = threading.Thread(target=lambda: None)
+    engine._thread.start()
+    engine._thread.join()
+    assert not model.is_ready()
+    request = FakeRequest(tensors())
+    model.execute([request])
+    assert (request.answer().error.code, engine.num_jobs) == ("UNAVAILABLE", 0)
+
+
+@pytest.fixture
+def own(tmp_path, random_bundle, monkeypatch):
+    """The settings of a model of a random bundle, in a state folder of its own."""
+    monkeypatch.setenv("GR_HOME", str(tmp_path))
+    parameters = {
+        "cache_bytes": str(1 << 20),
+        "compute": "onnx",
+        "cache_dtype": "fp32",
+        "max_queue": "8",
+        "max_wait_s": "1",
+        "max_batch_size": "4",
+    }
+    bundle = random_bundle(tmp_path / "bundle", "ranking")
+    return ModelSettings(name="gr_ranker", bundle=bundle, parameters=parameters, num_threads=1)
+
+
+def unloaded():
+    made = object.__new__(RankerModel)
+    made.model = Ranker
+    return made
+
+
+def test_a_path_that_scores_otherwise_than_the_offline_model_is_not_served(own, monkeypatch):
+    measured = SimpleNamespace(ok=False, max_abs_error=0.5, max_abs_reference=1.0)
+    monkeypatch.setattr(backend, "parity", lambda *_: measured)
+    with pytest.raises(UserError, match=r"differ from those of its golden requests by 5\.00e-01 of 1\.00e\+00"):
+        unloaded()._loaded(own)
+
+
+def test_a_model_begins_with_the_histories_that_the_one_before_it_kept(own, monkeypatch):
+    monkeypatch.setattr(backend, "KEEP_EVERY_S", 0.01)
+    first = unloaded()._loaded(own)
+    past = History(items=np.arange(9), actions=np.ones(9, np.int64), times=np.arange(9))
+    request = RankRequest(history=past, candidates=np.arange(3), request_time=LATE)
+    first.ask(request)
+    keeper = backend.Keeper(first, own)
+    until = time.monotonic() + 10
+    while not own.recent_histories.exists():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+    keeper.close()
+    second = unloaded()._loaded(own)
+    assert second.ask(request).cached_tokens == 19
 
 
 def test_a_priority_that_is_no_number_is_refused_by_name(model):

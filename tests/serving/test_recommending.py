@@ -183,6 +183,17 @@ def test_a_challenger_that_fails_or_lags_costs_no_answer_and_no_row(home, monkey
     assert model._shadow.totals == {"gr_shadow_total": 0, "gr_shadow_dropped_total": 2, "gr_shadow_failed_total": 1}
 
 
+def test_a_challenger_that_failed_is_asked_about_the_next_one(home, monkeypatch):
+    monkeypatch.setattr(recommending, "MAX_SHADOWS", 1)
+    broken = PAIR | {recommending.CHALLENGER: lambda _: InferenceResponse(error=TritonError("gone"))}
+    model = loaded(RecommenderModel, broken, shadow_digest="s1", shadow_tasks=["like"], shadow_share=1)
+    for number in (1, 2, 3):
+        answered(model, asked())
+        until(lambda: model._shadow._places._value == 1 and model._shadow.totals["gr_shadow_failed_total"] == number)  # noqa: B023
+    model.finalize()
+    assert model._shadow.totals["gr_shadow_dropped_total"] == 0
+
+
 def test_the_platforms_own_requests_are_not_logged(home):
     model = loaded(RecommenderModel, PAIR)
     for request_id in ("gr-canary", "gr-golden", "a caller's"):

@@ -2,6 +2,7 @@
 
 import errno
 import json
+import os
 import stat
 import threading
 import time
@@ -150,6 +151,17 @@ def test_what_is_written_gives_its_room_back(tmp_path):
         until(lambda: log.counters.num_written == number + 1)  # noqa: B023
     log.close()
     assert log.counters.num_dropped == 0
+
+
+def test_what_killed_writers_left_goes_once_it_is_old(tmp_path):
+    day = tmp_path / "date=2024-10-04"
+    day.mkdir()
+    old, young = (day / f".writing-part-{age}.parquet" for age in ("old", "young"))
+    old.touch()
+    young.touch()
+    os.utime(old, (0, 0))
+    log_in(tmp_path).close()
+    assert [path.name for path in day.iterdir()] == [young.name]
 
 
 def test_a_long_request_id_counts(tmp_path):

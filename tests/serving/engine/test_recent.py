@@ -114,10 +114,33 @@ def test_when_a_person_is_forgotten_no_history_stays_on_disk_or_comes_back(tmp_p
     path.write_bytes(kept)
     os.utime(path, (0, 0))
     assert recent.load(path, "toy", num_rows=NUM_ROWS, num_actions=3, most_tokens=25) == []
-    time.sleep(0.01)
+    time.sleep(2 * recent.CLOCK_LAG_S)
     engine.ask(request(5, 2))
     engine.recent.save(path, "toy")
     assert [len(t) for t in recent.load(path, "toy", num_rows=NUM_ROWS, num_actions=3, most_tokens=25)] == [11]
+
+
+def test_whoever_is_forgotten_while_histories_are_written_is_in_none(tmp_path, monkeypatch):
+    folder = serving_state.recent_folder(tmp_path)
+    engine, path, write = toy_engine("ranking"), folder / "gr_ranker.safetensors", recent.save_file
+    engine.ask(request(9, 1))
+
+    def slow(*given, **named):
+        write(*given, **named)
+        serving_state.forget_recent(tmp_path)
+        write(*given, **named)
+
+    monkeypatch.setattr(recent, "save_file", slow)
+    engine.recent.save(path, "toy")
+    assert [file.name for file in folder.iterdir()] == [serving_state.FORGOTTEN]
+
+
+def test_a_writer_that_was_killed_leaves_nothing_of_a_person_who_is_forgotten(tmp_path):
+    folder = serving_state.recent_folder(tmp_path)
+    folder.mkdir(parents=True)
+    (folder / ".gr_ranker.safetensors-123").touch()
+    serving_state.forget_recent(tmp_path)
+    assert [file.name for file in folder.iterdir()] == [serving_state.FORGOTTEN]
 
 
 def test_a_history_that_cannot_be_encoded_keeps_no_page(tmp_path):
