@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from serving import calls
-from serving.backend import PRIORITY, ModelSettings, priority_of
+from serving.backend import ModelSettings, priority_of
 from serving.calls import CANCELLED, RefusedError
 from serving.counters import Counters
 
@@ -70,8 +70,8 @@ class Call:
         """
         if isinstance(inputs, Mapping):
             inputs = [self._pb_utils.Tensor(name, value) for name, value in inputs.items()]
-        if PRIORITY in self.parameters:
-            parameters[PRIORITY] = priority_of(self.parameters)
+        if calls.PRIORITY in self.parameters:
+            parameters[calls.PRIORITY] = priority_of(self.parameters)
         timeout_us = self._left_us()
         return ask(self._pb_utils, model, inputs, outputs, self.request_id, timeout_us, **parameters)
 
@@ -144,7 +144,9 @@ class AnsweringModel(ABC):
             else:
                 self._counters.add("gr_rejected_total")
                 refused = RefusedError("too many requests are in flight; try again")
-                self._send(sender, calls.error_response(self.pb_utils, request, *calls.described(refused)))
+                calls.send(
+                    self.pb_utils, sender, calls.error_response(self.pb_utils, request, *calls.described(refused))
+                )
         return [None] * len(requests)
 
     def finalize(self) -> None:
@@ -176,7 +178,7 @@ class AnsweringModel(ABC):
             # The process boundary: a traceback would reach the caller, and an unanswered request would never end.
             answer, response = None, self._failure(request, error)
         self._places.release()
-        self._send(sender, response)
+        calls.send(self.pb_utils, sender, response)
         if answer is not None:
             self._counters.add("gr_requests_total")
             if answer.afterwards is not None:
@@ -194,14 +196,3 @@ class AnsweringModel(ABC):
         if code == calls.INTERNAL or error.__cause__ is not None:
             self.pb_utils.Logger.log_error("event=request_failed " + "".join(traceback.format_exception(error)))
         return calls.error_response(self.pb_utils, request, message, code)
-
-    def _send(self, sender: Any, response: Any) -> None:
-        try:
-            sender.send(response, flags=self.pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL)
-        except Exception:
-            # Shared memory may be full of answers: a small one must still tell the caller that there is none.
-            self.pb_utils.Logger.log_error("event=answer_not_sent " + traceback.format_exc())
-            error = self.pb_utils.TritonError(calls.INTERNAL_TEXT, self.pb_utils.TritonError.INTERNAL)
-            sender.send(
-                self.pb_utils.InferenceResponse(error=error), flags=self.pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-            )

@@ -34,7 +34,6 @@ from serving.engine.requests import InvalidRequestError
 from serving.engine_metrics import EngineMetrics
 from serving.wire import MODEL_DIGEST
 
-PRIORITY = "gr_priority"
 # Sending an answer is a round trip to the server's process: the engine computes on meanwhile.
 NUM_SENDERS = 4
 # Of the thread that loads and warms up: the old model of a swap goes on serving on the same cores.
@@ -139,7 +138,7 @@ class EngineModel(ABC):
                 self._engine.submit(self.decode(arrays), done, _terms(request, arrived))
             except Exception as error:
                 # The process boundary: re-raising would fail the whole batch and show the traceback to callers.
-                self._send(sender, self._failure(request, error))
+                calls.send(self.pb_utils, sender, self._failure(request, error))
         return [None] * len(requests)
 
     def is_ready(self) -> bool:
@@ -216,24 +215,15 @@ class EngineModel(ABC):
             # The process boundary, in a thread of its own: what is raised here nobody would hear of.
             response = self._failure(request, error)
         else:
-            self._metrics.observe(job)
-        self._send(sender, response)
+            if request.request_id() not in calls.PROBES:
+                self._metrics.observe(job)
+        calls.send(self.pb_utils, sender, response)
 
     def _failure(self, request: Any, error: Exception) -> Any:
         message, code = calls.described(error)
         if code == calls.INTERNAL:
             self.pb_utils.Logger.log_error("event=request_failed " + "".join(traceback.format_exception(error)))
         return calls.error_response(self.pb_utils, request, message, code)
-
-    def _send(self, sender: Any, response: Any) -> None:
-        final = self.pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
-        try:
-            sender.send(response, flags=final)
-        except Exception:
-            # Shared memory may be full of answers: a small one must still tell the caller that there is none.
-            self.pb_utils.Logger.log_error("event=answer_not_sent " + traceback.format_exc())
-            error = self.pb_utils.TritonError(calls.INTERNAL_TEXT, self.pb_utils.TritonError.INTERNAL)
-            sender.send(self.pb_utils.InferenceResponse(error=error), flags=final)
 
 
 def _aside(load_model: Callable[[ModelSettings], Engine], own: ModelSettings) -> Engine:
@@ -254,9 +244,9 @@ def _aside(load_model: Callable[[ModelSettings], Engine], own: ModelSettings) ->
 
 def priority_of(parameters: Mapping[str, Any]) -> int:
     """Return the priority that a request carries, or the default. Raises InvalidRequestError for what is no number."""
-    priority = parameters.get(PRIORITY, DEFAULT_PRIORITY)
+    priority = parameters.get(calls.PRIORITY, DEFAULT_PRIORITY)
     if not isinstance(priority, int) or priority < 0:
-        raise InvalidRequestError(f"the parameter {PRIORITY} must be a whole number from 0")
+        raise InvalidRequestError(f"the parameter {calls.PRIORITY} must be a whole number from 0")
     return priority
 
 

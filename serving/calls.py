@@ -6,12 +6,13 @@ that came without one was not written for callers, and none of them sees it.
 """
 
 import json
+import traceback
 from typing import Any
 
 from serving.engine.jobs import EngineError
 from serving.engine.requests import InvalidRequestError
 
-CODED = "gr_coded"
+CODED, PRIORITY = "gr_coded", "gr_priority"
 INVALID_ARGUMENT, UNAVAILABLE, CANCELLED, INTERNAL = "INVALID_ARGUMENT", "UNAVAILABLE", "CANCELLED", "INTERNAL"
 INTERNAL_TEXT = "internal error"
 # Ids of the requests by which the platform looks whether a model answers and answers right: nobody was served.
@@ -63,6 +64,18 @@ def error_response(pb_utils: Any, request: Any, message: str, code: str) -> Any:
         message = f"{code}: {message}"
     codes = pb_utils.TritonError
     return pb_utils.InferenceResponse(error=codes(message, getattr(codes, _SERVER_NAMES.get(code, code))))
+
+
+def send(pb_utils: Any, sender: Any, response: Any) -> None:
+    """Send a request's one answer, from whichever thread."""
+    final = pb_utils.TRITONSERVER_RESPONSE_COMPLETE_FINAL
+    try:
+        sender.send(response, flags=final)
+    except Exception:
+        # Shared memory may be full of answers: a small one must still tell the caller that there is none.
+        pb_utils.Logger.log_error("event=answer_not_sent " + traceback.format_exc())
+        error = pb_utils.TritonError(INTERNAL_TEXT, pb_utils.TritonError.INTERNAL)
+        sender.send(pb_utils.InferenceResponse(error=error), flags=final)
 
 
 def parameters_of(request: Any) -> dict[str, Any]:

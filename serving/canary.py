@@ -4,6 +4,7 @@ Invariant: a canary changes nothing: no history, no candidates, no events. Readi
 calls a model ready whose process is dead.
 """
 
+import http.client
 import re
 import time
 import urllib.request
@@ -19,7 +20,7 @@ from tritonclient.utils import triton_to_np_dtype
 from serving import calls
 
 # Before all others, so that a long queue does not look like a dead model.
-_FIRST = {"gr_priority": 0}
+_FIRST = {calls.PRIORITY: 0}
 _STATISTICS_S = 2.0
 # A model whose engine hangs still refuses requests.
 _WORK = r"gr_(?!\w*(?:rejected|refused))\w+(?:_total|_count)"
@@ -111,7 +112,7 @@ def work_done(metrics_address: str, model: str) -> float | None:
     try:
         with opener.open(f"http://{metrics_address}/metrics", timeout=_STATISTICS_S) as answer:
             text = answer.read().decode("utf-8", errors="replace")
-    except (OSError, ValueError):
+    except (OSError, ValueError, http.client.HTTPException):
         return None
     label = rf'\{{[^}}]*model="{re.escape(model)}"[^}}]*\}}'
     for family in (_WORK, "nv_inference_request_success"):

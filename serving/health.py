@@ -15,7 +15,7 @@ from gr_platform import storage
 log = logging.getLogger(__name__)
 
 FILE = "serving/health.json"
-# Nothing else is written this often, and what is lost with the machine is of no use after it.
+# What was seen so long ago says nothing of now.
 STALE_AFTER_S = 30.0
 
 

@@ -16,12 +16,11 @@ from pathlib import Path
 import numpy as np
 
 from gr_platform import serving_state
-from serving.engine.requests import MAX_EVENTS, MAX_TIME, History, InvalidRequestError
+from serving.engine.requests import MAX_APPENDED, MAX_EVENTS, MAX_TIME, History, InvalidRequestError, first_true
 from serving.history_base import Base, BaseHistory, CurrentBase
 from serving.history_store import Appended, Bounds, HistoryStore
 
 log = logging.getLogger(__name__)
-MAX_APPENDED = 10_000
 # A clock may be ahead of ours by this much; an event from beyond would stand before every request for as long.
 MAX_AHEAD_MS = 60_000
 # Other processes may still read the sequences before: until then they need the events that the new ones hold.
@@ -97,10 +96,6 @@ class Histories:
             for each, (_, _, (num_base, _)) in zip(done, rows, strict=True)
         ]
 
-    def size_bytes(self) -> int:
-        """Return the bytes of the store's pages in use."""
-        return self._store.size_bytes()
-
     def prune(self) -> int:
         """Delete appended events that the current sequences hold; return how many."""
         self._base.wait()
@@ -144,13 +139,13 @@ def check_new_events(new: NewEvents, *, num_actions: int, now_ms: int) -> None:
         raise InvalidRequestError(f"ITEMS holds {max(lengths)} entries, at most {MAX_APPENDED} may be appended at once")
     if len(set(lengths)) != 1:
         raise InvalidRequestError("ITEMS, ACTIONS and TIMES must be equally long, got {}, {} and {}".format(*lengths))
-    if (bad := _first((new.actions >> num_actions) != 0)) is not None:
+    if (bad := first_true((new.actions >> num_actions) != 0)) is not None:
         raise InvalidRequestError(
             f"ACTIONS[{bad}] is {new.actions[bad]}, must be a bitmask of the data set's {num_actions} actions"
         )
-    if (bad := _first(new.times < -MAX_TIME)) is not None:
+    if (bad := first_true(new.times < -MAX_TIME)) is not None:
         raise InvalidRequestError(f"TIMES[{bad}] is {new.times[bad]}, which is no time in milliseconds")
-    if (bad := _first(new.times > now_ms + MAX_AHEAD_MS)) is not None:
+    if (bad := first_true(new.times > now_ms + MAX_AHEAD_MS)) is not None:
         raise InvalidRequestError(
             f"TIMES[{bad}] is {new.times[bad]}, more than {MAX_AHEAD_MS // 1000} s ahead of the server's clock "
             f"({now_ms})"
@@ -159,7 +154,3 @@ def check_new_events(new: NewEvents, *, num_actions: int, now_ms: int) -> None:
 
 def _rows(new: NewEvents) -> list[tuple[int | str, int, int]]:
     return list(zip(new.items.tolist(), new.actions.tolist(), new.times.tolist(), strict=True))
-
-
-def _first(broken: np.ndarray) -> int | None:
-    return int(broken.argmax()) if broken.any() else None

@@ -2,7 +2,8 @@
 
 Invariant: a call's events are stored whole or not at all. One (user, item, time) is one event, whose place among those
 of its time is that of its first arrival and whose mask is the union of all that came. What of a user is dropped for
-room is counted in the user's row, so that the history keeps its length. The file is private to its owner.
+room is counted in the user's row, so that the history keeps its length; a user who was quiet longest may be dropped
+whole. The file is private to its owner.
 """
 
 import os
@@ -183,18 +184,20 @@ class HistoryStore:
             dropped, until = 0, None
         fresh = [event for event in events if after is None or event[2] > after]
         kept = [event for event in fresh if until is None or event[2] > until]
-        if kept or known:
+        # A call that brings nothing, as a canary, changes nothing: its user stays as quiet as before.
+        if kept or (known and until != known[2]):
             connection.executemany(
                 _INSERT, [(user, ms, item, mask, places + at) for at, (item, mask, ms) in enumerate(kept)]
             )
             lost, until = self._cut(connection, user, after, until)
-            row = {"user": user, "places": places + len(kept), "dropped": dropped + lost, "until": until, "now": now_ms}
+            dropped += lost
+            row = {"user": user, "places": places + len(kept), "dropped": dropped, "until": until, "now": now_ms}
             connection.execute(_TOUCH, row)
         return Appended(
             num_kept=len(kept),
             num_known=len(events) - len(fresh),
             num_late=len(fresh) - len(kept),
-            length=(dropped + lost if kept or known else 0) + count_events(connection, user, after, None),
+            length=dropped + count_events(connection, user, after, None),
         )
 
     def _cut(

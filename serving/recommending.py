@@ -19,7 +19,7 @@ import numpy as np
 from gr_platform import serving_state, settings
 from serving import calls, wire
 from serving.answering import Answer, AnsweringModel, Call, ask
-from serving.engine.requests import MAX_CANDIDATES, InvalidRequestError, check_retrieve
+from serving.engine.requests import InvalidRequestError, check_retrieve
 from serving.served_log import LogBounds, ServedLog
 from serving.served_rows import Served, ServedBy
 
@@ -56,6 +56,8 @@ class RecommenderModel(AnsweringModel):
         arrays = call.arrays(wire.RETRIEVER_INPUTS)
         k = self._checked_k(arrays)
         user = _user_of(call)
+        if not _is_short_text(call.request_id):
+            raise InvalidRequestError(f"the request id must be a text of at most {wire.MAX_ID_BYTES} bytes")
         shared = [call.tensor(name) for name in (*HISTORY, "REQUEST_TIME")]
         depth = self.pb_utils.Tensor("K", np.array([[max(k, self._depth)]], np.int32))
         outputs = ["ITEMS", "CACHED_TOKENS", wire.MODEL_DIGEST]
@@ -97,8 +99,6 @@ class RecommenderModel(AnsweringModel):
     def _checked_k(self, arrays: wire.Tensors) -> int:
         decoded = wire.decode_retrieve(arrays)
         check_retrieve(decoded, self._num_actions)
-        if decoded.k > MAX_CANDIDATES:
-            raise InvalidRequestError(f"K is {decoded.k}, at most {MAX_CANDIDATES} items can be ranked")
         return decoded.k
 
     def _record(self, entry: Served, inputs: Mapping[str, np.ndarray]) -> None:
@@ -206,6 +206,14 @@ def _user_of(call: Call) -> str | None:
     user = call.parameters.get("user")
     if user is None:
         return None
-    if not isinstance(user, str | int) or isinstance(user, bool) or len(str(user)) > wire.MAX_ID_BYTES:
+    if not isinstance(user, str | int) or isinstance(user, bool) or not _is_short_text(str(user)):
         raise InvalidRequestError(f"the parameter user must be a text of at most {wire.MAX_ID_BYTES} bytes or a number")
     return str(user)
+
+
+def _is_short_text(text: str) -> bool:
+    """Return whether the log takes a text: half of a surrogate pair, which JSON may hold, is no UTF-8."""
+    try:
+        return len(text.encode()) <= wire.MAX_ID_BYTES
+    except UnicodeEncodeError:
+        return False

@@ -25,6 +25,7 @@ from serving.served_rows import Served, ServedBy, day_of, table_of
 log = logging.getLogger(__name__)
 _WRITING = ".writing-"
 _ABANDONED_S = 3600
+_TRY_AGAIN_S = 1.0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -140,7 +141,7 @@ class ServedLog:
             self._num_taken = 0
             self._first_s = time.monotonic()
             # However many wait, a disk that was full a moment ago is asked again only after a while.
-            self._changed.wait_for(lambda: self._closing, self._bounds.part_s)
+            self._changed.wait_for(lambda: self._closing, max(self._bounds.part_s, _TRY_AGAIN_S))
 
     def _done(self, taken: Sequence[tuple[Served, int]], **counts: int) -> None:
         with self._changed:

@@ -46,22 +46,6 @@ def in_swap_order(models: Iterable[str]) -> tuple[str, ...]:
     return tuple(sorted(models, key=lambda model: rank.get(model, len(rank))))
 
 
-def load_models(home: Path, timeout_s: float = LOAD_TIMEOUT_S) -> tuple[str, ...]:
-    """Load the models of the current repository into the running server and return their names.
-
-    A model whose files have not changed is left as it is. Raises UserError if no server runs or a model does not load;
-    the models that were serving then go on serving.
-    """
-    with storage.exclusive(home, LOCK, wait_s=WAIT_S):
-        handle = attach(home)
-        if handle is None:
-            raise UserError("no model server runs; start it with gr serve or make up")
-        models = in_swap_order(repository.ensure_repository(home))
-        for model in models:
-            load(handle, model, timeout_s)
-        return models
-
-
 def deploy(
     home: Path,
     retrieval: Path,

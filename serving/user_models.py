@@ -25,8 +25,8 @@ from serving.counters import Counters
 from serving.engine.requests import MAX_EVENTS, MAX_EXCLUDE, History
 from serving.histories import Histories, NewEvents, check_new_events
 from serving.history_store import Appended, Bounds
-from serving.user_wire import EVENTS_INPUTS, decode_events, decode_user, one
-from serving.wire import encode_ids
+from serving.user_wire import EVENTS_INPUTS, decode_events, decode_user
+from serving.wire import encode_ids, one
 
 log = logging.getLogger(__name__)
 # A store that did not open is not tried for every request.

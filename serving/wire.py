@@ -98,13 +98,14 @@ def decode_ids(values: np.ndarray, field: str) -> np.ndarray:
 def _history(tensors: Tensors) -> History:
     return History(
         items=_ids(tensors, "HISTORY_ITEMS"),
-        actions=_row(tensors, "HISTORY_ACTIONS"),
-        times=_row(tensors, "HISTORY_TIMES"),
+        actions=row(tensors, "HISTORY_ACTIONS"),
+        times=row(tensors, "HISTORY_TIMES"),
         offset=_scalar(tensors, "HISTORY_OFFSET"),
     )
 
 
-def _row(tensors: Tensors, field: str) -> np.ndarray:
+def row(tensors: Tensors, field: str) -> np.ndarray:
+    """Return the values [n] of an input [1, n]. Raises InvalidRequestError for another shape, or too many values."""
     values = tensors[field]
     if values.ndim != 2 or values.shape[0] != 1:
         raise InvalidRequestError(f"{field} has shape {list(values.shape)}, must be [1, n]: one user a request")
@@ -112,15 +113,20 @@ def _row(tensors: Tensors, field: str) -> np.ndarray:
     return values[0]
 
 
+def one(tensors: Tensors, field: str) -> np.ndarray:
+    """Return the one value [1] of a scalar input. Raises InvalidRequestError unless there is one."""
+    values = row(tensors, field)
+    if len(values) != 1:
+        raise InvalidRequestError(f"{field} holds {len(values)} values, must hold one")
+    return values
+
+
 def _ids(tensors: Tensors, field: str) -> np.ndarray:
-    return decode_ids(_row(tensors, field), field)
+    return decode_ids(row(tensors, field), field)
 
 
 def _scalar(tensors: Tensors, field: str) -> int:
-    values = _row(tensors, field)
-    if len(values) != 1:
-        raise InvalidRequestError(f"{field} holds {len(values)} values, must hold one")
-    return int(values[0])
+    return int(one(tensors, field)[0])
 
 
 def _int32(value: int) -> np.ndarray:

@@ -6,7 +6,8 @@ whose tokens, and never sees a row.
 Legend: B users, L new tokens of one, P past tokens of one, C candidates of one.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol, runtime_checkable
 
@@ -20,6 +21,8 @@ ComputePath = Literal["auto", "torch", "onnx"]
 # What K/V are kept in, and bytes of an element.
 CacheType = Literal["fp32", "fp16", "bf16"]
 ITEM_BYTES = {"fp32": 4, "fp16": 2, "bf16": 2}
+# A warm-up that measures must not take long.
+TUNING_CALLS = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -101,3 +104,14 @@ def pages_for(num_tokens: int) -> int:
 def most_tokens(config: ModelConfig) -> int:
     """Return how many tokens of a user can be kept: all of a history of max_events events and its start token."""
     return 1 + config.max_events * (2 if config.kind == "ranking" else 1)
+
+
+def least_seconds(call: Callable[[], object], *, num_calls: int = 7) -> float:
+    """Return the least time of some calls, after one that pays for what is made once."""
+    call()
+    seconds = []
+    for _ in range(num_calls):
+        began = time.perf_counter()
+        call()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)

@@ -7,13 +7,23 @@ Invariant: both paths read and write the same pages, so either goes on from what
 """
 
 import math
-import time
-from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from collections.abc import Sequence
+from functools import partial
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from gr_platform.bundle.compute import PAGE_TOKENS, Ask, CacheType, Compute, Piece, most_tokens, pages_for
+from gr_platform.bundle.compute import (
+    PAGE_TOKENS,
+    TUNING_CALLS,
+    Ask,
+    CacheType,
+    Compute,
+    Piece,
+    least_seconds,
+    most_tokens,
+    pages_for,
+)
 from gr_platform.bundle.onnx_compute import OnnxCompute, Shared
 from gr_platform.bundle.torch_model import torch_compute
 from gr_platform.models.compute import TorchCompute
@@ -101,7 +111,10 @@ class FastestCompute:
         ]
 
     def _is_faster(self, method: str, work: Sequence[Piece] | Sequence[Ask]) -> bool:
-        here, there = (_seconds(getattr(path, method), work) for path in (self.torch_path, self.graph))
+        here, there = (
+            least_seconds(partial(getattr(path, method), work), num_calls=TUNING_CALLS)
+            for path in (self.torch_path, self.graph)
+        )
         return there < here
 
     def _room(self) -> int:
@@ -129,14 +142,3 @@ def _company(work: Sequence[object]) -> str:
 
 def _first_pages(num_tokens: int) -> np.ndarray:
     return np.arange(pages_for(num_tokens), dtype=np.int32)
-
-
-def _seconds(compute: Callable[[Any], object], work: Sequence[Piece] | Sequence[Ask]) -> float:
-    """Return the least time of a few calls, after one that pays for what is made once."""
-    compute(work)
-    times = []
-    for _ in range(2):
-        began = time.perf_counter()
-        compute(work)
-        times.append(time.perf_counter() - began)
-    return min(times)

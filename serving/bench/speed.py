@@ -7,17 +7,18 @@ Legend: n tokens of history, m candidates.
 """
 
 import tempfile
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
+from gr_platform.bundle.compute import least_seconds
 from gr_platform.bundle.load import load
 from gr_platform.models.config import ModelConfig
 from serving.bench import models
@@ -34,6 +35,7 @@ CACHE_BYTES = 1 << 30
 START_MS = 1_577_836_800_000
 DOUBLED_M = (256, 512, 1_024, 2_048, 4_096, 8_192)
 DOUBLED_N = (256, 512, 1_024, 2_048, 4_096)
+GROWN_FROM = 512
 # So long a step that a prefill is never cut: the best that the uncached side can do.
 LIMITS = Limits(step_tokens=1 << 20)
 
@@ -41,7 +43,7 @@ LIMITS = Limits(step_tokens=1 << 20)
 def run(num_threads: int) -> list[Row]:
     """Return the rows of the speed table that need no server."""
     with engines(models.speed_table(MAX_EVENTS), num_threads) as (cached, uncached):
-        rows = [*_ratios(cached, uncached), _of_peak(cached), *_growth(cached)]
+        rows = [*_ratios(cached, uncached), _of_peak(cached), *_growth(cached, uncached)]
     return [*rows, _search()]
 
 
@@ -76,17 +78,6 @@ def request(num_tokens: int, num_candidates: int, *, seed: int = 0, num_more: in
         candidates=models.FIRST_ID + rng.integers(0, NUM_ITEMS, num_candidates),
         request_time=int(times[num_events]),
     )
-
-
-def least_seconds(call: Callable[[], object], *, num_calls: int = 7) -> float:
-    """Return the least time of some calls, after one that pays for what is made once."""
-    call()
-    seconds = []
-    for _ in range(num_calls):
-        began = time.perf_counter()
-        call()
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)
 
 
 def _ratios(cached: Engine, uncached: Engine) -> list[Row]:
@@ -124,17 +115,23 @@ def num_flops(config: ModelConfig, n: int, m: int) -> float:
     return float(m * config.num_layers * (products + 2 * n * width))
 
 
-def _growth(cached: Engine) -> list[Row]:
-    by_m = [least_seconds(partial(cached.ask, request(512, m))) for m in DOUBLED_M]
-    by_n = [least_seconds(partial(cached.ask, request(n, 256))) for n in DOUBLED_N]
-    rows, worst = [], 0.0
-    for letter, sizes, seconds in (("m", DOUBLED_M, by_m), ("n", DOUBLED_N, by_n)):
-        for size, once, twice in zip(sizes[1:], seconds, seconds[1:], strict=False):
-            worst = max(worst, twice / once)
-            name = f"T({letter} = {size:,}) / T({letter} = {size // 2:,}), cached"
-            rows.append(row(name, twice / once, "x", f"{1e3 * twice:.1f} ms and {1e3 * once:.1f} ms", None))
+def _growth(cached: Engine, uncached: Engine) -> list[Row]:
+    """Return how the cached time grows at worst, and the times of both sides along n and along m."""
+    along_n, along_m = [(n, min(DOUBLED_M)) for n in DOUBLED_N], [(GROWN_FROM, m) for m in DOUBLED_M]
+    ms: dict[str, dict[tuple[int, int], float]] = {
+        side: {at: 1e3 * least_seconds(partial(engine.ask, request(*at))) for at in dict.fromkeys(along_n + along_m)}
+        for side, engine in (("cached", cached), ("uncached", uncached))
+    }
+    own = ms["cached"]
+    worst, of = max((own[twice] / own[once], twice) for line in (along_n, along_m) for once, twice in pairwise(line))
     name = "T(2x) / T(x), each doubling of m from 256 to 8,192 and of n from 256 to 4,096, cached"
-    return [row(name, worst, "x", "the worst of those below", 2.2) | {"at_most": True}, *rows]
+    found = row(name, worst, "x", f"the worst, at n {of[0]:,}, m {of[1]:,}", 2.2) | {"at_most": True}
+    points = [
+        row(f"{side}, n {n:,}, m {m:,}", value, "ms", None, None) | {"side": side, "n": n, "m": m}
+        for side, times in ms.items()
+        for (n, m), value in times.items()
+    ]
+    return [found, *points]
 
 
 def _search() -> Row:

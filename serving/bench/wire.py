@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from gr_platform import settings
+from gr_platform.bundle.compute import least_seconds
 from gr_platform.bundle.load import load
 from gr_platform.models.config import ModelConfig
 from serving import repository
 from serving.bench import models
-from serving.bench.speed import NUM_ITEMS, Row, least_seconds, request, row
+from serving.bench.speed import NUM_ITEMS, Row, request, row
 from serving.client import Client
 from serving.engine.engine import Engine
 from serving.engine.ranker import Ranker

@@ -3,9 +3,11 @@
 Invariant: the table decides speed alone; a score does not depend on the microbatch it was computed in.
 """
 
-import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
+
+from gr_platform.bundle.compute import TUNING_CALLS, least_seconds
 
 SIZES = (64, 128, 256, 512, 1024)
 # Of sizes that are as fast as the best but for this share the smallest is taken: a step ends sooner.
@@ -35,18 +37,9 @@ class Microbatches:
         """Return the table with which `score(num_candidates, num_past)` takes least time, for each length of a past."""
         found = []
         for num_past in lengths:
-            seconds = {size: _seconds(score, size, num_past) / size for size in SIZES}
+            seconds = {
+                size: least_seconds(partial(score, size, num_past), num_calls=TUNING_CALLS) / size for size in SIZES
+            }
             enough = min(seconds.values()) * (1 + SLACK)
             found.append((num_past, next(size for size in SIZES if seconds[size] <= enough)))
         return Microbatches(sizes=tuple(found))
-
-
-def _seconds(score: Callable[[int, int], object], num_candidates: int, num_past: int) -> float:
-    """Return the least time of two calls, after one that pays for what is made once."""
-    score(num_candidates, num_past)
-    seconds = []
-    for _ in range(2):
-        began = time.perf_counter()
-        score(num_candidates, num_past)
-        seconds.append(time.perf_counter() - began)
-    return min(seconds)

@@ -10,13 +10,19 @@ import numpy as np
 
 MAX_EVENTS = 100_000
 MAX_CANDIDATES = 10_000
+# Items of one list: the search for one of a million takes seconds, in a step that all others wait for.
+MAX_K = 10_000
 MAX_EXCLUDE = 100_000
+MAX_APPENDED = 10_000
 _LIMITS = {
     "HISTORY_ITEMS": MAX_EVENTS,
     "HISTORY_ACTIONS": MAX_EVENTS,
     "HISTORY_TIMES": MAX_EVENTS,
     "CANDIDATES": MAX_CANDIDATES,
     "EXCLUDE": MAX_EXCLUDE,
+    "ITEMS": MAX_APPENDED,
+    "ACTIONS": MAX_APPENDED,
+    "TIMES": MAX_APPENDED,
 }
 # Differences of two times must fit in int64; offsets are added to a length.
 MAX_TIME = 1 << 61
@@ -72,8 +78,8 @@ def check_retrieve(request: RetrieveRequest, num_actions: int) -> None:
     """Raise InvalidRequestError unless `request` may be answered."""
     _check_history(request.history, request.request_time, num_actions)
     check_length("EXCLUDE", request.exclude)
-    if request.k < 1:
-        raise InvalidRequestError(f"K is {request.k}, must be at least 1")
+    if not 1 <= request.k <= MAX_K:
+        raise InvalidRequestError(f"K is {request.k}, must be from 1 to {MAX_K}")
 
 
 def check_length(field: str, values: np.ndarray) -> None:
@@ -97,7 +103,7 @@ def _check_history(history: History, request_time: int, num_actions: int) -> Non
 
 def _check_actions(actions: np.ndarray, num_actions: int) -> None:
     # A negative mask has its sign bit set, so one shift finds both faults.
-    if (bad := _first(actions >> num_actions != 0)) is not None:
+    if (bad := first_true(actions >> num_actions != 0)) is not None:
         raise InvalidRequestError(
             f"HISTORY_ACTIONS[{bad}] is {actions[bad]}, must be a bitmask of the data set's {num_actions} actions"
         )
@@ -106,9 +112,9 @@ def _check_actions(actions: np.ndarray, num_actions: int) -> None:
 def _check_times(times: np.ndarray, request_time: int) -> None:
     if abs(request_time) > MAX_TIME:
         raise InvalidRequestError(f"REQUEST_TIME is {request_time}, which is no time in milliseconds")
-    if (bad := _first((times > MAX_TIME) | (times < -MAX_TIME))) is not None:
+    if (bad := first_true((times > MAX_TIME) | (times < -MAX_TIME))) is not None:
         raise InvalidRequestError(f"HISTORY_TIMES[{bad}] is {times[bad]}, which is no time in milliseconds")
-    if (bad := _first(times[1:] < times[:-1])) is not None:
+    if (bad := first_true(times[1:] < times[:-1])) is not None:
         raise InvalidRequestError(
             f"HISTORY_TIMES[{bad + 1}] is {times[bad + 1]}, earlier than the event before it ({times[bad]})"
         )
@@ -116,6 +122,6 @@ def _check_times(times: np.ndarray, request_time: int) -> None:
         raise InvalidRequestError(f"REQUEST_TIME is {request_time}, earlier than the last event ({times[-1]})")
 
 
-def _first(broken: np.ndarray) -> int | None:
+def first_true(broken: np.ndarray) -> int | None:
     """Return the index of the first True, or None."""
     return int(broken.argmax()) if broken.any() else None

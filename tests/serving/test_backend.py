@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from gr_platform.errors import UserError
-from serving import backend, wire
+from serving import backend, calls, wire
 from serving.backend import EngineModel, ModelSettings
 from serving.engine.engine import Engine, Limits
 from serving.engine.ranker import Ranker
@@ -59,9 +59,9 @@ class FakeMetric:
 class FakeRequest:
     """A request with the inputs of gr_ranker; the answer comes to `answer()`."""
 
-    def __init__(self, tensors, *, timeout_us=0, parameters=None, cancelled=False, wanted=("SCORES",)):
+    def __init__(self, tensors, *, timeout_us=0, parameters=None, cancelled=False, wanted=("SCORES",), id=""):
         self.tensors, self.parameters_json = tensors, json.dumps(parameters or {})
-        self.wanted = wanted
+        self.wanted, self.id = wanted, id
         self.timeout_us, self.cancelled = timeout_us, cancelled
         self.answers, self.answered = [], threading.Event()
         self.fails = 0
@@ -85,6 +85,9 @@ class FakeRequest:
 
     def parameters(self):
         return self.parameters_json
+
+    def request_id(self):
+        return self.id
 
     def is_cancelled(self):
         return self.cancelled
@@ -257,7 +260,7 @@ def test_a_model_begins_with_the_histories_that_the_one_before_it_kept(own, monk
 
 
 def test_a_priority_that_is_no_number_is_refused_by_name(model):
-    request = FakeRequest(tensors(), parameters={backend.PRIORITY: "high"})
+    request = FakeRequest(tensors(), parameters={calls.PRIORITY: "high"})
     model.execute([request])
     assert request.answer().error.code == "INVALID_ARG"
     assert request.answer().error.message == "the parameter gr_priority must be a whole number from 0"
@@ -339,6 +342,9 @@ def test_gauges_of_scores_are_those_of_the_answers(model):
     request = FakeRequest(tensors())
     model.execute([request])
     scores = dict(request.answer().outputs)["SCORES"][0]
+    golden = FakeRequest(tensors(candidates=(107, 108, 109)), id="gr-golden")
+    model.execute([golden])
+    golden.answer()
     while not model._metrics._scores:
         time.sleep(0.01)
     model._metrics.close()

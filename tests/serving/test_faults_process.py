@@ -30,7 +30,7 @@ from serving.handle import ServerHandle, attach, record_path, sweep
 from serving.repository import ServingOptions
 from serving.server import EmbeddedServer
 from serving.supervisor import Supervisor
-from serving.swap import JOURNAL, deploy, load_models, serves
+from serving.swap import JOURNAL, deploy, load, serves
 from serving.watch import Policy
 from tests.serving.conftest import NUM_ITEMS, Offline, after, offline, user
 
@@ -591,9 +591,9 @@ def test_full_shared_memory_gives_a_named_error_never_a_wrong_score_and_heals(
 
 @pytest.mark.faults
 def test_an_unchanged_repository_is_not_loaded_twice(served: Served) -> None:
-    load_models(served.home)
+    load(served.handle, "gr_ranker", 60)
     served.scores()
     with Client(served.handle.grpc_address) as client:
         before = client.score(HISTORY, CANDIDATES, request_time=after(HISTORY)).cached_tokens
-        load_models(served.home)
+        load(served.handle, "gr_ranker", 60)
         assert client.score(HISTORY, CANDIDATES, request_time=after(HISTORY)).cached_tokens == before > 0

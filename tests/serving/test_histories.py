@@ -168,7 +168,7 @@ def test_the_bound_of_the_file_drops_the_users_who_were_quiet_longest(tmp_path):
         kept.append([events(user, [(at, 1, at) for at in range(60)])])
         if user % 20 == 0:
             kept.append([events(0, [(user, 1, 100 + user)])])
-    assert kept.size_bytes() <= 200_000
+    assert kept._store.size_bytes() <= 200_000
     assert len(kept.history(299).items) == 60
     assert len(kept.history(0).items) > 60
     assert len(kept.history(1).items) == 0

@@ -127,12 +127,14 @@ def test_the_best_of_the_retrieved_are_returned_and_logged_without_the_users_id(
     ("changes", "message"),
     [
         ({"k": 0}, "K is 0"),
-        ({"k": 10_001}, "at most 10000 items can be ranked"),
+        ({"k": 10_001}, "K is 10001, must be from 1 to 10000"),
         ({"times": (20, 10)}, "HISTORY_TIMES[1] is 10, earlier"),
         ({"user": 1.5}, "the parameter user must be a text"),
         ({"user": "x" * 2000}, "the parameter user must be a text"),
+        ({"user": "\ud800"}, "the parameter user must be a text"),
+        ({"request_id": "x" * 2000}, "the request id must be a text of at most 1024 bytes"),
     ],
-    ids=["none", "many", "times", "fraction", "long"],
+    ids=["none", "many", "times", "fraction", "long", "half", "id"],
 )
 def test_a_broken_request_is_refused_before_any_call(changes, message):
     model = loaded(RecommenderModel, {})
@@ -306,7 +308,7 @@ def test_of_a_batch_of_events_the_bad_ones_are_named_and_the_good_ones_stored(ho
 
 
 def test_histories_that_cannot_be_reached_are_unavailable_until_they_can(home, by_user, monkeypatch, caplog):
-    monkeypatch.setattr("serving.user_models.REOPEN_S", 0.0)
+    monkeypatch.setattr("serving.user_models.REOPEN_S", 0.3)
     file = serving_state.histories_file(home, DS)
     file.parent.mkdir()
     file.write_bytes(b"no database" * 1000)
@@ -321,6 +323,9 @@ def test_histories_that_cannot_be_reached_are_unavailable_until_they_can(home, b
     assert request.refusal()[1] == "UNAVAILABLE"
     assert "histories/made.sqlite is damaged" in caplog.text
     file.unlink()
+    (soon,) = events.execute([appended(1, [5], [1], [10])])
+    assert soon.error().code == "UNAVAILABLE", "the store is tried for every request"
+    time.sleep(0.3)
     (stored,) = events.execute([appended(1, [5], [1], [10])])
     assert stored.outputs["NUM_EVENTS"].tolist() == [[1]]
     assert not answered(model, user_asks()).has_error()

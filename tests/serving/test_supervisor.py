@@ -119,6 +119,20 @@ def test_a_server_whose_process_lives_but_does_not_answer_is_restarted_in_time(t
     assert (server.num_restarts, health.read(tmp_path).reason) == (1, "the server does not answer")
 
 
+def test_a_look_that_was_missed_long_ago_does_not_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    server, live = StandIn(tmp_path, [None]), iter([False, True, False, False])
+    monkeypatch.setattr(Supervisor, "_is_live", lambda self: next(live))
+    monkeypatch.setattr(Supervisor, "_wanted", lambda self: {})
+    watching = Supervisor(a_handle(tmp_path), server, replace(QUICK, stalled_s=0.1))
+    for _ in range(3):
+        watching.tick()
+        time.sleep(0.06)
+    assert server.num_restarts == 0
+    time.sleep(0.06)
+    watching.tick()
+    assert server.num_restarts == 1
+
+
 @pytest.fixture
 def one_model(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """A server with one model whose process is dead at every look: the models that were loaded again."""
@@ -151,6 +165,16 @@ def test_a_damaged_or_missing_repository_ends_no_watch_over_what_is_loaded(
     (tmp_path / repository.LINK).unlink()
     watching.tick()
     assert looked == ["gr_ranker"] * 7
+
+
+def test_going_back_to_a_repository_that_is_gone_takes_nothing_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(swap, "attach", lambda home: pytest.fail("the server was touched"))
+    swap._roll_back(tmp_path, tmp_path / "model_repositories" / "pair-gone", ["gr_ranker"])
+    storage.write_text(tmp_path / swap.JOURNAL, '{"previous": "model_repositories/pair-gone"}')
+    assert swap.undo_interrupted(tmp_path)
+    assert not (tmp_path / swap.JOURNAL).exists()
 
 
 def test_a_dead_model_is_loaded_again_but_not_for_ever(tmp_path: Path, one_model: list[str]) -> None:

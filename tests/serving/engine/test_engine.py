@@ -9,6 +9,7 @@ import pytest
 from hypothesis import settings, strategies
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
+from serving.engine import recent
 from serving.engine.engine import MAX_ASKED, Engine, Limits
 from serving.engine.jobs import CANCEL_POLL_S, CancelledError, LateError, QueueFullError, Terms
 from serving.engine.pace import Ratio
@@ -363,13 +364,17 @@ class EngineAgainstOracle(RuleBasedStateMachine):
     @rule()
     def swap(self) -> None:
         # The old model answers what it has; its cache goes with it.
+        asked: list[Any] = []
         if self.version:
             self.settle()
+            asked = list(self.engine.recent._histories.values())
         self.version += 1
         own = {"digest": f"model {self.version}", "salt": self.version}
         limits = Limits(max_users=3, step_tokens=9)
         self.engine = toy_engine(self.kind, cache_bytes=self.cache_bytes, limits=limits, **own)
         self.oracle = toy_engine(self.kind, cache_bytes=0, **own)
+        # A new model begins with what the old one was asked for, computed by its own weights.
+        recent.encode_ahead(self.engine.model, self.engine.recent, asked, 60.0)
 
     @rule(user=users, num_events=strategies.integers(1, 24), item=strategies.integers(0, 2))
     def append(self, user: int, num_events: int, item: int) -> None:

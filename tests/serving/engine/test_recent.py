@@ -7,11 +7,13 @@ import numpy as np
 import pytest
 
 from gr_platform import serving_state
+from gr_platform.models.tokens import FEATURE, Tokens
 from serving.engine import recent
 from serving.engine.recent import RecentHistories
-from serving.engine.requests import RankRequest
+from serving.engine.requests import RankRequest, RetrieveRequest
 from tests.serving.engine.toy import FIRST_ITEM, NUM_ITEMS, some_history, toy_engine
 
+NONE = np.zeros(0, np.int64)
 NUM_ROWS = FIRST_ITEM + NUM_ITEMS
 
 
@@ -51,6 +53,18 @@ def test_a_new_model_has_them_in_its_cache_and_scores_by_itself(tmp_path):
         warm, cold = new.ask(request(num_events, seed)), fresh.ask(request(num_events, seed))
         assert np.array_equal(warm.scores, cold.scores)
         assert warm.cached_tokens == 2 * num_events + 1
+
+
+def test_a_retrieval_model_has_all_but_the_last_token_of_them(tmp_path):
+    asks = {n: RetrieveRequest(history=some_history(n), k=3, exclude=NONE, request_time=10**7) for n in (9, 12)}
+    old, new, fresh = toy_engine("retrieval"), *(toy_engine("retrieval", digest="new", salt=2) for _ in range(2))
+    old.ask(asks[9])
+    old.recent.save(tmp_path / "recent", "toy")
+    histories = recent.load(tmp_path / "recent", "toy", num_rows=NUM_ROWS, num_actions=3, most_tokens=13)
+    assert ahead(new, histories, 5.0) == 1
+    warm, cold = new.ask(asks[12]), fresh.ask(asks[12])
+    assert (warm.cached_tokens, cold.cached_tokens) == (9, 0)
+    assert np.array_equal(warm.scores, cold.scores)
 
 
 def test_the_newest_come_first_where_room_is_short(tmp_path):
@@ -94,6 +108,11 @@ def test_what_does_not_fit_is_passed_over(tmp_path):
     known = recent.load(path, "toy", num_rows=NUM_ROWS, num_actions=1, most_tokens=25)
     assert 0 < len(known) < len(histories)
     assert max(tokens.actions.max() for tokens in known) < 2
+    odd = Tokens(**{name: np.full(3, FEATURE if name == "kinds" else 0, np.int64) for name in recent.FIELDS})
+    kept = RecentHistories()
+    kept.note(b"odd", odd)
+    kept.save(tmp_path / "odd", "toy")
+    assert recent.load(tmp_path / "odd", "toy", num_rows=NUM_ROWS, num_actions=3, most_tokens=25) == []
     path.write_bytes(path.read_bytes()[:-10])
     assert recent.load(path, "toy", num_rows=NUM_ROWS, num_actions=3, most_tokens=25) == []
     assert histories
