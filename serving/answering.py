@@ -19,16 +19,12 @@ import numpy as np
 from serving import calls
 from serving.backend import ModelSettings, priority_of
 from serving.calls import CANCELLED, RefusedError
-from serving.counters import Counters
+from serving.figures import REQUESTS, Figures
 
 # The server itself runs at most this many calls of one model at once unless it is told otherwise (thread-pool-size).
 NUM_THREADS = 64
 # Asking whether a request was cancelled takes .1-.3 ms: one that has hardly waited is not asked.
 ASK_AFTER_S = 0.05
-REQUESTS = {
-    "gr_requests_total": "Requests answered with a result",
-    "gr_rejected_total": "Requests refused because too many waited",
-}
 
 
 class Call:
@@ -124,15 +120,16 @@ class AnsweringModel(ABC):
     """The server's Python model interface around `answer`. A model names `pb_utils`, the server's own module."""
 
     pb_utils: Any
-    figures: Mapping[str, str] = {}
+    # Counters of the model's own: name -> what it counts.
+    counters: Mapping[str, str] = {}
 
     def initialize(self, args: dict[str, str]) -> None:
         """Read the parameters of the model's configuration."""
         own = ModelSettings.of(args)
-        self._counters = Counters(self.pb_utils, own.name, {**REQUESTS, **self.figures})
         self._places = threading.BoundedSemaphore(int(own.parameters["max_in_flight"]))
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix=own.name)
         self.open(own.parameters)
+        self._figures = Figures(self.pb_utils, own.name, {**REQUESTS, **self.counters}, self.counted)
 
     def execute(self, requests: list[Any]) -> list[None]:
         """Hand requests to the threads; their answers leave through response senders."""
@@ -142,17 +139,15 @@ class AnsweringModel(ABC):
             if self._places.acquire(blocking=False):
                 self._threads.submit(self._serve, request, sender, arrived_s)
             else:
-                self._counters.add("gr_rejected_total")
                 refused = RefusedError("too many requests are in flight; try again")
-                calls.send(
-                    self.pb_utils, sender, calls.error_response(self.pb_utils, request, *calls.described(refused))
-                )
+                calls.send(self.pb_utils, sender, self._failure(request, refused))
         return [None] * len(requests)
 
     def finalize(self) -> None:
         """Answer what is in flight, then close."""
         self._threads.shutdown()
         self.close()
+        self._figures.close()
 
     @abstractmethod
     def open(self, parameters: Mapping[str, str]) -> None:
@@ -165,6 +160,10 @@ class AnsweringModel(ABC):
     @abstractmethod
     def close(self) -> None:
         """Let go of what `open` took."""
+
+    def counted(self) -> Mapping[str, float]:
+        """Return totals of `counters` that are counted elsewhere; asked twice a second, after `close` too."""
+        return {}
 
     def _serve(self, request: Any, sender: Any, arrived_s: float) -> None:
         answer = None
@@ -180,7 +179,7 @@ class AnsweringModel(ABC):
         self._places.release()
         calls.send(self.pb_utils, sender, response)
         if answer is not None:
-            self._counters.add("gr_requests_total")
+            self._figures.add_answer(time.monotonic() - arrived_s)
             if answer.afterwards is not None:
                 self._after(answer.afterwards, 1e3 * (time.monotonic() - arrived_s))
 
@@ -193,6 +192,7 @@ class AnsweringModel(ABC):
 
     def _failure(self, request: Any, error: Exception) -> Any:
         message, code = calls.described(error)
+        self._figures.add_failure(code)
         if code == calls.INTERNAL or error.__cause__ is not None:
             self.pb_utils.Logger.log_error("event=request_failed " + "".join(traceback.format_exception(error)))
         return calls.error_response(self.pb_utils, request, message, code)

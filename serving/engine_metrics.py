@@ -1,12 +1,9 @@
 """An engine's figures on the server's metrics endpoint, labelled with the model's name.
 
-Invariant: a figure costs a message to the server, so figures are brought up to date twice a second by a thread of their
-own, never while a request waits.
+Invariant: what the engine counts itself is read, never counted again.
 """
 
 import math
-import queue
-import threading
 import time
 from collections import deque
 from collections.abc import Mapping
@@ -16,19 +13,13 @@ import numpy as np
 
 from serving.engine.engine import Engine
 from serving.engine.jobs import Job
+from serving.figures import REQUESTS, Figures
 
-PERIOD_S = 0.5
-LATENCY_BUCKETS_S = (0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0)
-# Latencies that are kept until the next round; what comes beyond is not observed one by one.
-MAX_OBSERVED = 1000
 # Of the answers of a round, the scores of so many count, the last ones; their mean looks back over LOOK_BACK of them.
 MAX_SCORED = 8
 LOOK_BACK = 200
 _COUNTERS = {
-    "gr_requests_total": "Requests answered with a result",
-    "gr_rejected_total": "Requests refused because too many waited",
-    "gr_cancelled_total": "Requests whose deadline passed or whose caller went away",
-    "gr_failed_total": "Requests that failed inside",
+    **REQUESTS,
     "gr_unknown_ids_total": "Item ids in requests that the vocabulary does not know",
     "gr_cache_hit_tokens_total": "Tokens found in the K/V cache",
     "gr_cache_prefill_tokens_total": "Tokens looked for in the K/V cache and not found",
@@ -86,18 +77,9 @@ class EngineMetrics:
     def __init__(self, pb_utils: Any, model: str, engine: Engine, parameters: Mapping[str, str] | None = None) -> None:
         """`pb_utils`: the server's own module. parameters: those of the model's config.pbtxt."""
         kinds, labels = pb_utils.MetricFamily, {"model": model}
-        described = [
-            *((n, d, kinds.COUNTER) for n, d in _COUNTERS.items()),
-            *((n, d, kinds.GAUGE) for n, d in _GAUGES.items()),
-        ]
         # The server forgets a metric whose family object is collected.
-        self._families = {n: kinds(name=n, description=d, kind=kind) for n, d, kind in described}
-        self._metrics = {name: family.Metric(labels=labels) for name, family in self._families.items()}
-        latency = "gr_request_seconds"
-        self._families[latency] = kinds(
-            name=latency, description="Seconds from the engine's queue to the answer", kind=kinds.HISTOGRAM
-        )
-        self._latency = self._families[latency].Metric(labels=labels, buckets=list(LATENCY_BUCKETS_S))
+        self._families = {n: kinds(name=n, description=d, kind=kinds.GAUGE) for n, d in _GAUGES.items()}
+        self._gauges = {name: family.Metric(labels=labels) for name, family in self._families.items()}
         self._show_moments(kinds, labels, parameters or {})
         self._scores, self._tasks = deque[np.ndarray](maxlen=MAX_SCORED), _tasks_of(engine)
         self._score_moments = ScoreMoments(len(self._tasks))
@@ -106,26 +88,18 @@ class EngineMetrics:
             name: [self._families[name].Metric(labels=labels | {"task": task}) for task in self._tasks]
             for name in _SCORES
         }
-        self._seen = dict.fromkeys(_COUNTERS, 0.0)
         self._engine = engine
-        self._latencies: queue.Queue[float] = queue.Queue(MAX_OBSERVED)
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="gr-metrics", daemon=True)
-        self._thread.start()
+        self._figures = Figures(pb_utils, model, _COUNTERS, self._refresh)
 
     def observe(self, job: Job) -> None:
         """Remember how long an answered request took."""
         if self._tasks:
             self._scores.append(job.work.scores)
-        try:
-            self._latencies.put_nowait(time.monotonic() - job.arrived)
-        except queue.Full:
-            return
+        self._figures.observe(time.monotonic() - job.arrived)
 
     def close(self) -> None:
         """Bring everything up to date a last time."""
-        self._closing.set()
-        self._thread.join()
+        self._figures.close()
 
     def _show_moments(self, kinds: Any, labels: dict[str, str], parameters: Mapping[str, str]) -> None:
         self._moments = []
@@ -136,26 +110,17 @@ class EngineMetrics:
             # The server keeps what the model before it said: the age of models that are gone must not stay.
             self._moments[-1].set(int(at_ms) / 1000 if at_ms else math.nan)
 
-    def _run(self) -> None:
-        while not self._closing.wait(PERIOD_S):
-            self._show()
-        self._show()
-
-    def _show(self) -> None:
-        for name, total in self._totals().items():
-            if total > self._seen[name]:
-                self._metrics[name].increment(total - self._seen[name])
-                self._seen[name] = total
-        self._metrics["gr_cache_bytes"].set(self._engine.model.cache.counters.size_bytes)
-        self._metrics["gr_queue_requests"].set(self._engine.num_jobs)
-        for _ in range(self._latencies.qsize()):
-            self._latency.observe(self._latencies.get_nowait())
+    def _refresh(self) -> dict[str, float]:
+        """Bring the gauges up to date and return the totals of the engine's counters."""
+        self._gauges["gr_cache_bytes"].set(self._engine.model.cache.counters.size_bytes)
+        self._gauges["gr_queue_requests"].set(self._engine.num_jobs)
         if self._scores:
             for _ in range(len(self._scores)):
                 self._score_moments.add(self._scores.popleft())
             for name, values in self._score_moments.figures().items():
                 for metric, value in zip(self._task_metrics[name], values.tolist(), strict=True):
                     metric.set(value)
+        return self._totals()
 
     def _totals(self) -> dict[str, float]:
         totals, cache = self._engine.totals, self._engine.model.cache.counters

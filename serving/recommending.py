@@ -33,7 +33,7 @@ SHADOW_TIMEOUT_US = 10_000_000
 class RecommenderModel(AnsweringModel):
     """gr_recommender."""
 
-    figures = {
+    counters = {
         "gr_served_rows_total": "Rows written to the served log",
         "gr_served_rows_dropped_total": "Rows of the served log that were dropped",
         "gr_served_writes_failed_total": "Writes of the served log that failed",
@@ -106,19 +106,19 @@ class RecommenderModel(AnsweringModel):
         assert self._log is not None
         if self._shadow is None or not self._shadow.took(entry, inputs):
             self._log.record(entry)
-        self._count(self._log)
 
-    def _count(self, log: ServedLog) -> None:
-        now = log.counters
-        self._counters.show(
-            {
-                "gr_served_rows_total": now.num_written,
-                "gr_served_rows_dropped_total": now.num_dropped,
-                "gr_served_writes_failed_total": now.num_failed,
-                "gr_served_parts_deleted_total": now.num_deleted,
-                **({} if self._shadow is None else self._shadow.totals),
-            }
-        )
+    def counted(self) -> dict[str, float]:
+        """Return what the log and the challenger count."""
+        shadow: dict[str, float] = {} if self._shadow is None else {**self._shadow.totals}
+        if self._log is None:
+            return shadow
+        now = self._log.counters
+        return shadow | {
+            "gr_served_rows_total": now.num_written,
+            "gr_served_rows_dropped_total": now.num_dropped,
+            "gr_served_writes_failed_total": now.num_failed,
+            "gr_served_parts_deleted_total": now.num_deleted,
+        }
 
 
 class _Shadow:

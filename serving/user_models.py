@@ -21,8 +21,8 @@ from serving import calls
 from serving.answering import Answer, AnsweringModel, Call
 from serving.backend import ModelSettings
 from serving.calls import RefusedError
-from serving.counters import Counters
 from serving.engine.requests import MAX_EVENTS, MAX_EXCLUDE, History
+from serving.figures import REQUESTS, Figures
 from serving.histories import Histories, NewEvents, check_new_events
 from serving.history_store import Appended, Bounds
 from serving.user_wire import EVENTS_INPUTS, decode_events, decode_user
@@ -125,8 +125,8 @@ class EventsModel:
     """
 
     pb_utils: Any
-    figures = {
-        "gr_requests_total": "Requests answered with a result",
+    counters = {
+        **REQUESTS,
         "gr_events_appended_total": "Events appended to histories, or merged into one there",
         "gr_events_known_total": "Events dropped because the sequences hold the user's events up to a later time",
         "gr_events_late_total": "Events dropped because later ones of the user were dropped for room",
@@ -136,11 +136,12 @@ class EventsModel:
         """Read what makes an event valid; open the histories."""
         own = ModelSettings.of(args)
         self._num_actions = len(json.loads(own.parameters["actions"]))
-        self._counters = Counters(self.pb_utils, own.name, self.figures)
+        self._figures = Figures(self.pb_utils, own.name, self.counters)
         self._histories = ReachableHistories(own.parameters)
 
     def execute(self, requests: list[Any]) -> list[Any]:
         """Return one response per request: NUM_EVENTS INT64 [1, 1], the length of the user's history afterwards."""
+        arrived_s = time.monotonic()
         checked = [self._checked(request) for request in requests]
         valid = [new for new in checked if isinstance(new, NewEvents)]
         try:
@@ -150,11 +151,15 @@ class EventsModel:
             # The process boundary: nothing was stored, and each caller is told so.
             done = iter([error] * len(valid))
         pairs = zip(requests, checked, strict=True)
-        return [self._response(request, next(done) if isinstance(new, NewEvents) else new) for request, new in pairs]
+        return [
+            self._response(request, next(done) if isinstance(new, NewEvents) else new, arrived_s)
+            for request, new in pairs
+        ]
 
     def finalize(self) -> None:
         """Close the histories."""
         self._histories.close()
+        self._figures.close()
 
     def _checked(self, request: Any) -> NewEvents | Exception:
         try:
@@ -166,15 +171,16 @@ class EventsModel:
             # The process boundary: one bad request must not fail the others of its batch.
             return error
 
-    def _response(self, request: Any, done: Appended | Exception) -> Any:
+    def _response(self, request: Any, done: Appended | Exception, arrived_s: float) -> Any:
         if isinstance(done, Exception):
             message, code = calls.described(done)
+            self._figures.add_failure(code)
             if code == calls.INTERNAL:
                 self.pb_utils.Logger.log_error(f"event=request_failed reason={done!r}")
             return calls.error_response(self.pb_utils, request, message, code)
-        self._counters.add("gr_requests_total")
-        self._counters.add("gr_events_appended_total", done.num_kept)
-        self._counters.add("gr_events_known_total", done.num_known)
-        self._counters.add("gr_events_late_total", done.num_late)
+        self._figures.add_answer(time.monotonic() - arrived_s)
+        self._figures.add("gr_events_appended_total", done.num_kept)
+        self._figures.add("gr_events_known_total", done.num_known)
+        self._figures.add("gr_events_late_total", done.num_late)
         length = self.pb_utils.Tensor("NUM_EVENTS", np.array([[done.length]], np.int64))
         return self.pb_utils.InferenceResponse(output_tensors=[length])

@@ -3,7 +3,7 @@
 import json
 import logging
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import SimpleNamespace
 from typing import Any
 
@@ -115,17 +115,17 @@ def fake_pb_utils(models: Mapping[str, Callable[[Any], InferenceResponse]]) -> A
     counters: dict[str, float] = {}
 
     class MetricFamily:
-        COUNTER = "counter"
+        COUNTER, HISTOGRAM = "counter", "histogram"
 
         def __init__(self, name: str, description: str, kind: str) -> None:
             self._name = name
             counters[name] = 0
 
-        def Metric(self, labels: Mapping[str, str]) -> Any:
+        def Metric(self, labels: Mapping[str, str], buckets: Sequence[float] = ()) -> Any:
             def increment(count: float) -> None:
                 counters[self._name] += count
 
-            return SimpleNamespace(increment=increment)
+            return SimpleNamespace(increment=increment, observe=lambda value: increment(1))
 
     log = logging.getLogger("fake")
     return SimpleNamespace(

@@ -88,7 +88,9 @@ def test_requests_are_answered_one_by_one_and_a_slow_one_holds_no_other(serve):
     assert slow.num_answers == 0
     go.set()
     assert slow.answer().outputs["Y"].tolist() == [[18]]
-    assert model.pb_utils.counters["gr_requests_total"] >= 1
+    model.finalize()
+    counted = model.pb_utils.counters
+    assert [counted[f"gr_{end}"] for end in ("requests_total", "failed_total", "request_seconds")] == [2, 1, 2]
 
 
 def test_more_than_may_be_in_flight_are_refused_at_once_and_room_is_given_back(serve):
@@ -103,9 +105,10 @@ def test_more_than_may_be_in_flight_are_refused_at_once_and_room_is_given_back(s
     model.execute(requests)
     for refused in requests[3:]:
         assert refused.refusal() == ("too many requests are in flight; try again", "UNAVAILABLE")
-    assert model.pb_utils.counters["gr_rejected_total"] == 2
     go.set()
     assert [request.answer().outputs["Y"][0, 0] for request in requests[:3]] == [0, 2, 4]
+    model._figures._show()
+    assert model.pb_utils.counters["gr_rejected_total"] == 2
     for number in range(20):
         again = asking(number)
         model.execute([again])

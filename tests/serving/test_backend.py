@@ -282,12 +282,13 @@ def test_metrics_follow_what_the_engine_did(model):
     model._engine.close()
     model._senders.shutdown()
     model._metrics.close()
-    values = {name: metric.value for name, metric in model._metrics._metrics.items()}
+    figures = model._metrics._figures
+    values = {name: metric.value for name, metric in figures._counters.items()}
     assert values["gr_requests_total"] == 3
     assert values["gr_cache_hit_tokens_total"] == 2 * 13
     assert values["gr_cache_prefill_tokens_total"] == 13
     assert values["gr_answers_total"] == 6
-    assert model._metrics._latency.value == 3
+    assert figures._latency.value == 3
 
 
 def test_settings_refuse_numpy_2(monkeypatch):
