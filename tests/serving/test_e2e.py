@@ -15,7 +15,7 @@ import tritonclient.grpc as grpcclient
 
 from gr_platform.bundle import golden
 from serving.client import Client, History, ServingError
-from serving.engine_metrics import PERIOD_S
+from serving.figures import PERIOD_S
 from serving.repository import ServingOptions
 from tests.serving.conftest import NUM_ITEMS, Offline, after, user
 

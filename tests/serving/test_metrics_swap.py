@@ -7,7 +7,7 @@ import urllib.request
 
 import pytest
 
-from serving.engine_metrics import PERIOD_S
+from serving.figures import PERIOD_S
 from serving.swap import deploy
 
 
