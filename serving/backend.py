@@ -245,7 +245,7 @@ def _aside(load_model: Callable[[ModelSettings], Engine], own: ModelSettings) ->
 def priority_of(parameters: Mapping[str, Any]) -> int:
     """Return the priority that a request carries, or the default. Raises InvalidRequestError for what is no number."""
     priority = parameters.get(calls.PRIORITY, DEFAULT_PRIORITY)
-    if not isinstance(priority, int) or priority < 0:
+    if not isinstance(priority, int) or isinstance(priority, bool) or priority < 0:
         raise InvalidRequestError(f"the parameter {calls.PRIORITY} must be a whole number from 0")
     return priority
 

@@ -8,7 +8,7 @@ from typing import Any
 
 
 def run(num_threads: int) -> list[dict[str, Any]]:
-    """Return the rows of all parts: speed of the engine, load, perf_analyzer, swaps (about 5 minutes).
+    """Return the rows of all parts: speed of the engine, load, perf_analyzer, swaps (about 8 minutes).
 
     Raises UserError if a server or a tool does not do its part.
     """

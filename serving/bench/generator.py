@@ -166,7 +166,8 @@ class Generator:
         async def caller() -> None:
             while (now := time.monotonic()) < until and not self._stopped.is_set():
                 visit, probe = self._next()
-                if await self._ask(number, visit, probe, now) == REJECTED:
+                # The same again: a mix that lacks what is refused would be another one.
+                while await self._ask(number, visit, probe, now) == REJECTED and time.monotonic() < until:
                     await asyncio.sleep(REFUSED_PAUSE_S)
 
         await asyncio.gather(*(caller() for _ in range(phase.callers)))

@@ -43,7 +43,7 @@ LIMITS = Limits(step_tokens=1 << 20)
 def run(num_threads: int) -> list[Row]:
     """Return the rows of the speed table that need no server."""
     with engines(models.speed_table(MAX_EVENTS), num_threads) as (cached, uncached):
-        rows = [*_ratios(cached, uncached), _of_peak(cached), *_growth(cached, uncached)]
+        rows = [*_ratios(cached, uncached), *_of_peak(cached, uncached), *_growth(cached, uncached)]
     return [*rows, _search()]
 
 
@@ -99,20 +99,42 @@ def _ratios(cached: Engine, uncached: Engine) -> list[Row]:
     return [*rows, row(name, 1_024 * one / all_at_once, "x", against, 100)]
 
 
-def _of_peak(cached: Engine) -> Row:
+def _of_peak(cached: Engine, uncached: Engine) -> list[Row]:
+    """Return what cached scoring reaches of torch.mm's peak and, to compare, what a prefill does."""
     n = m = 1_024
+    config = cached.model.bundle.config
     a = torch.randn(1_024, 1_024)
     peak = 2 * 1_024**3 / least_seconds(lambda: a @ a, num_calls=30)
-    reached = num_flops(cached.model.bundle.config, n, m) / least_seconds(lambda: cached.ask(request(n, m)))
+    scored = num_flops(config, n, m) / least_seconds(lambda: cached.ask(request(n, m)))
+    prefilled = prefill_flops(config, n) / least_seconds(lambda: uncached.ask(request(n, 0)))
     against = f"torch.mm {peak / 1e9:.0f} GFLOP/s"
-    return row("cached scoring, share of `torch.mm` peak, n 1,024, m 1,024", 100 * reached / peak, "%", against, 40)
+    return [
+        row(f"{what}, share of `torch.mm` peak, {size}", 100 * reached / peak, "%", against, target)
+        for what, size, reached, target in (
+            ("cached scoring", "n 1,024, m 1,024", scored, 40),
+            ("prefill without a cache", "n 1,024", prefilled, None),
+        )
+    ]
 
 
 def num_flops(config: ModelConfig, n: int, m: int) -> float:
     """Return the useful floating point operations of scoring m candidates against n cached tokens with HSTU."""
-    width = config.num_heads * (config.qk_dim + config.v_dim)
-    products = 2 * config.embedding_dim * 2 * width + 2 * config.num_heads * config.v_dim * config.embedding_dim
-    return float(m * config.num_layers * (products + 2 * n * width))
+    return float(m * config.num_layers * (_of_token(config) + 2 * n * _width(config)))
+
+
+def prefill_flops(config: ModelConfig, n: int) -> float:
+    """Return the same of n tokens of which each sees those before it; the last layer's K and V alone are needed."""
+    whole = (config.num_layers - 1) * (_of_token(config) + n * _width(config))
+    return float(n * (whole + 2 * config.embedding_dim * _width(config)))
+
+
+def _width(config: ModelConfig) -> int:
+    return config.num_heads * (config.qk_dim + config.v_dim)
+
+
+def _of_token(config: ModelConfig) -> int:
+    """Operations of a layer's two products for one token: to u, v, q and k, and back."""
+    return 2 * config.embedding_dim * (2 * _width(config) + config.num_heads * config.v_dim)
 
 
 def _growth(cached: Engine, uncached: Engine) -> list[Row]:

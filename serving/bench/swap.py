@@ -25,6 +25,8 @@ PROBE_SHARE = 0.3
 NAME = "swap at 30 % of saturation: failed requests, stale scores"
 # The precision that serving promises in fp32 is 1e-5; two random models differ by far more than this.
 TOLERANCE = 1e-3
+# Seconds before a swap that its plot begins.
+LEAD_S = 5
 Row = dict[str, Any]
 
 
@@ -123,7 +125,21 @@ def _judged(records: np.ndarray, swaps: list[Swap], expected: list[np.ndarray], 
         _row("swap: P99 before", p99[0], "ms", f"{len(before)} requests"),
         _row("swap: P99 during", p99[1], "ms", told),
         _row("swap: from call to served, slowest", max(swap.ended - swap.began for swap in swaps), "s", None),
+        _timeline(records, swaps, settle_s),
     ]
+
+
+def _timeline(records: np.ndarray, swaps: list[Swap], settle_s: float) -> Row:
+    """Return the row that a plot is drawn from: latency by the second around the call, of all swaps together."""
+    until = max(swap.ended - swap.began for swap in swaps) + settle_s
+    since_call = [np.floor(records["scheduled"] - swap.began) for swap in swaps]
+    seconds = []
+    for at in range(-LEAD_S, int(until)):
+        waits = latencies(np.concatenate([records[since == at] for since in since_call]))
+        if len(waits):
+            seconds.append({"at_s": at + 0.5, "p50": percentile(waits, 50), "p99": percentile(waits, 99)})
+    ended = [round(swap.ended - swap.began, 1) for swap in swaps]
+    return _row("swap: latency by the second", None, "ms", None) | {"timeline": seconds, "ended_s": ended}
 
 
 def _probes(stage: Stage) -> tuple[tuple[dict[str, Any], ...], list[np.ndarray]]:

@@ -259,8 +259,9 @@ def test_a_model_begins_with_the_histories_that_the_one_before_it_kept(own, monk
     assert second.ask(request).cached_tokens == 19
 
 
-def test_a_priority_that_is_no_number_is_refused_by_name(model):
-    request = FakeRequest(tensors(), parameters={calls.PRIORITY: "high"})
+@pytest.mark.parametrize("priority", ["high", True, -1, 0.5])
+def test_a_priority_that_is_no_number_is_refused_by_name(model, priority):
+    request = FakeRequest(tensors(), parameters={calls.PRIORITY: priority})
     model.execute([request])
     assert request.answer().error.code == "INVALID_ARG"
     assert request.answer().error.message == "the parameter gr_priority must be a whole number from 0"

@@ -123,6 +123,12 @@ def test_a_swap_is_judged_by_its_failures_its_scores_and_the_slowest_answers():
     made["scores"][198, :2] = 0.5
     broken = swap._judged(made, flip, expected, 8.0)
     assert [row["value"] for row in broken[:4]] == [4, 2, 1, 1]
+    timeline = clean[-1]["timeline"]
+    assert [(each["at_s"], round(each["p50"]), round(each["p99"])) for each in timeline[4:6]] == [
+        (-0.5, 100, 100),
+        (0.5, 200, 200),
+    ]
+    assert (timeline[0]["at_s"], timeline[-1]["at_s"], clean[-1]["ended_s"]) == (-4.5, 9.5, [2.0])
 
 
 def test_perf_analyzer_gets_the_same_visits_as_json():
@@ -156,18 +162,41 @@ def test_a_folder_without_perf_analyzer_is_said(monkeypatch, tmp_path: Path):
         perf.rows(None, 10.0)
 
 
+STAMP = {"machine": "m", "date": "d", "ok": None}
+
+
 def test_loads_become_one_column_each_and_a_small_picture(load_script):
-    make = load_script("docs/benchmarks/make.py")
-    stamp = {"machine": "m", "date": "d", "ok": None}
+    make, plots = load_script("docs/benchmarks/make.py"), load_script("docs/benchmarks/plots.py")
     of_loads = [
-        row | stamp
+        row | STAMP
         for share, slowest in ((0.1, 1.0), (1.2, 4.0))
         for row in load._of_load(records(9, done=slowest, cacheable=2, cached=1), REPORT, share, 3.0)
     ]
-    alone = {"name": "saturation", "value": 7.0, "unit": "1/s", "against": None, "target": None} | stamp
+    alone = {"name": "saturation", "value": 7.0, "unit": "1/s", "against": None, "target": None} | STAMP
     table = make.table([alone, *of_loads])
     assert table.index("| saturation | 7 | 1/s |") < table.index("| of saturation | unit | 10 % | 120 % |")
     assert "| latency, p99 | ms | 1,000 | 4,000 |" in table
-    picture = make.serving_plot([alone, *of_loads])
+    picture = plots.serving_load([alone, *of_loads])
     assert picture.startswith(b"\x89PNG")
     assert len(picture) < 70_000
+    assert plots.serving_speed([alone]) is plots.serving_swap([alone]) is plots.serving_load([alone]) is None
+
+
+def test_times_and_the_seconds_of_a_swap_become_pictures_and_one_line_a_side(load_script):
+    make, plots = load_script("docs/benchmarks/make.py"), load_script("docs/benchmarks/plots.py")
+    times = [
+        {"name": f"{side} {n} {m}", "value": scale * n * m, "unit": "ms", "against": None, "target": None}
+        | {"side": side, "n": n, "m": m}
+        | STAMP
+        for side, scale in (("cached", 1.0), ("uncached", 3.0))
+        for n, m in ((2, 4), (8, 4), (2, 16))
+    ]
+    second = {"at_s": 0.5, "p50": 1.0, "p99": 2.0}
+    around = {"name": "swap", "value": None, "unit": "ms", "against": None, "target": None}
+    around |= {"timeline": [second, second | {"at_s": 1.5}], "ended_s": [1.2]} | STAMP
+    table = make.table([*times, around])
+    assert "| ms of one request | n 2, m 4 | n 8, m 4 | n 2, m 16 |" in table
+    assert "| uncached | 24 | 96 | 96 |" in table
+    assert "swap" not in table
+    for plot in (plots.serving_speed, plots.serving_swap):
+        assert plot([*times, around]).startswith(b"\x89PNG")

@@ -58,3 +58,6 @@ def test_operations_are_counted_as_the_limits_of_the_table_are():
     once = speed.num_flops(config, 2_048, 1)
     assert once == 4 * (2 * 256 * 1_024 + 2 * 256 * 256 + 2 * 2_048 * 4 * 128)
     assert speed.num_flops(config, 2_048, 256) == 256 * once
+    # Three layers of all tokens, each seeing half of them, and K/V of a fourth.
+    token = 2 * 256 * 1_024 + 2 * 256 * 256
+    assert speed.prefill_flops(config, 2_048) == 2_048 * (3 * (token + 2_048 * 512) + 2 * 256 * 512)
