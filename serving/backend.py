@@ -11,7 +11,7 @@ import threading
 import time
 import traceback
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -102,11 +102,10 @@ class Keeper:
 class EngineModel(ABC):
     """A bundle's engine as a server model.
 
-    A model names `pb_utils` (the server's own module), its `inputs` and its kind of engine `model`.
+    A model names `pb_utils` (the server's own module) and its kind of engine `model`.
     """
 
     pb_utils: Any
-    inputs: Sequence[str]
     model: type[Model]
 
     def initialize(self, args: dict[str, str]) -> None:
@@ -134,7 +133,8 @@ class EngineModel(ABC):
                 self._senders.submit(self._answer, request, sender, job, outcome)
 
             try:
-                arrays = {name: self._array(request, name) for name in self.inputs}
+                # In one pass: each look for an input by its name would make objects of all of them.
+                arrays = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
                 self._engine.submit(self.decode(arrays), done, _terms(request, arrived))
             except Exception as error:
                 # The process boundary: re-raising would fail the whole batch and show the traceback to callers.
@@ -197,10 +197,6 @@ class EngineModel(ABC):
             # A cache that starts empty costs time alone.
             self.pb_utils.Logger.log_error("event=histories_not_encoded_ahead " + traceback.format_exc())
         return engine
-
-    def _array(self, request: Any, name: str) -> np.ndarray:
-        values: np.ndarray = self.pb_utils.get_input_tensor_by_name(request, name).as_numpy()
-        return values
 
     def _answer(self, request: Any, sender: Any, job: Job, outcome: Any) -> None:
         try:

@@ -81,4 +81,4 @@ def send(pb_utils: Any, sender: Any, response: Any) -> None:
 def parameters_of(request: Any) -> dict[str, Any]:
     """Return the parameters that came with a request."""
     text = request.parameters()
-    return json.loads(text) if text else {}
+    return json.loads(text) if len(text) > len("{}") else {}

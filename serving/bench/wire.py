@@ -27,7 +27,7 @@ from serving.engine.ranker import Ranker
 from serving.handle import ServerHandle
 from serving.server import EmbeddedServer
 
-ROUNDS = 3
+ROUNDS = 5
 
 
 def rows(num_threads: int) -> list[Row]:

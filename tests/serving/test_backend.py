@@ -77,6 +77,12 @@ class FakeRequest:
         self.answers.append(response)
         self.answered.set()
 
+    def inputs(self):
+        return [
+            SimpleNamespace(name=lambda name=name: name, as_numpy=lambda value=value: value)
+            for name, value in self.tensors.items()
+        ]
+
     def requested_output_names(self):
         return list(self.wanted)
 
@@ -105,7 +111,6 @@ PB_UTILS = SimpleNamespace(
     Logger=SimpleNamespace(log_error=logging.getLogger("fake").error),
     Tensor=lambda name, value: (name, value),
     InferenceResponse=lambda output_tensors=None, error=None: SimpleNamespace(outputs=output_tensors, error=error),
-    get_input_tensor_by_name=lambda request, name: SimpleNamespace(as_numpy=lambda: request.tensors[name]),
 )
 
 
@@ -123,7 +128,6 @@ def tensors(num_events=3, candidates=(105, 106), at=LATE):
 
 class RankerModel(EngineModel):
     pb_utils = PB_UTILS
-    inputs = wire.RANKER_INPUTS
 
     def __init__(self, engine: Engine):
         self._engine = engine

@@ -11,7 +11,6 @@ class TritonPythonModel(backend.EngineModel):
     """The server's Python model interface."""
 
     pb_utils = pb_utils
-    inputs = wire.RETRIEVER_INPUTS
     model = Retriever
 
     def decode(self, tensors: wire.Tensors) -> RetrieveRequest:
