@@ -130,7 +130,11 @@ class EngineModel(ABC):
             sender = request.get_response_sender()
 
             def done(job: Job, outcome: Any, request: Any = request, sender: Any = sender) -> None:
-                self._senders.submit(self._answer, request, sender, job, outcome)
+                if self._engine.num_jobs:
+                    self._senders.submit(self._answer, request, sender, job, outcome)
+                else:
+                    # The engine has nothing else to do: waking another thread would only take time.
+                    self._answer(request, sender, job, outcome)
 
             try:
                 # In one pass: each look for an input by its name would make objects of all of them.
