@@ -55,7 +55,7 @@ def test_every_python_example_runs(page: Path) -> None:
 
 
 def test_times_by_length_become_a_small_picture(load_script: Callable[[str], ModuleType]) -> None:
-    make = load_script("docs/benchmarks/make.py")
+    plots = load_script("docs/benchmarks/plots.py")
     named = [
         f"{direction}, {variant}, 32 users of {n}"
         for direction in ("forward", "backward")
@@ -63,10 +63,19 @@ def test_times_by_length_become_a_small_picture(load_script: Callable[[str], Mod
         for n in (128, 256)
     ]
     rows = [{"name": name, "value": 1.0 + index} for index, name in enumerate([*named, "forward, ours", "ratio"])]
-    assert make.times_by_length(rows)["backward"]["ours"] == [(128, 7.0), (256, 8.0)]
-    assert make.plot(rows).startswith(b"\x89PNG")
-    assert make.times_by_length(rows[-2:]) == {}
-    assert make.PLOT.stat().st_size < 60_000
+    assert plots.times_by_length(rows)["backward"]["ours"] == [(128, 7.0), (256, 8.0)]
+    assert plots.attention_lengths(rows).startswith(b"\x89PNG")
+    assert plots.attention_lengths(rows[-2:]) is None
+
+
+def test_every_plot_is_on_a_page_and_small(load_script: Callable[[str], ModuleType]) -> None:
+    plots = load_script("docs/benchmarks/plots.py")
+    pages = "".join(
+        (ROOT / "docs" / name).read_text(encoding="utf-8") for name in ("benchmarks/README.md", "kernels.md")
+    )
+    for plot in (plot for drawn in plots.PLOTS.values() for plot in drawn):
+        assert f"images/{plot.__name__}.png" in pages
+        assert (plots.IMAGES / f"{plot.__name__}.png").stat().st_size < 70_000
 
 
 def test_compiled_and_predicted_rows_become_one_line_a_kernel(load_script: Callable[[str], ModuleType]) -> None:

@@ -1,11 +1,10 @@
-"""Writes the tables and the plot of the benchmark and kernel pages from the JSON files beside it:
+"""Writes the tables of the benchmark and kernel pages from the JSON files beside it:
 
     python docs/benchmarks/make.py
 
-Invariant: every figure of a table or plot comes from such a file; the prose around the tables is left as it is.
+Invariant: every figure of a table comes from such a file; the prose around the tables is left as it is.
 """
 
-import io
 import json
 import re
 from collections.abc import Callable, Iterable
@@ -16,15 +15,10 @@ HERE = Path(__file__).parent
 PAGES = (HERE / "README.md", HERE.parent / "kernels.md")
 # A table stands between the name of its file and an end mark, both as comments that nobody sees.
 BLOCK = re.compile(r"(<!-- (\w+\.json) -->\n).*?(<!-- end -->)", re.DOTALL)
-PLOT = HERE.parent / "images" / "attention_lengths.png"
-ENCODERS_PLOT = HERE.parent / "images" / "encoder_lengths.png"
-SERVING_PLOT = HERE.parent / "images" / "serving_load.png"
-SIZES_PLOT = HERE.parent / "images" / "ingest_sizes.png"
 # Benchmarks that are run once a size: `ingest.json` on a page stands for ingest_1m.json, ingest_10m.json, ...
 BY_SIZE = ("ingest.json",)
-# Shares of the offered requests that get no answer.
-LOST = ("rejected", "given up at the deadline", "failed")
-TIMED = re.compile(r"(forward|backward), (.+), (\d+ users) of (\d+)")
+# Fields of serving's rows that are no lines of their own: columns by size and by load, and what is drawn alone.
+APART = {"side", "load", "timeline"}
 Row = dict[str, Any]
 
 
@@ -110,12 +104,18 @@ def by_length(rows: list[Row]) -> str:
     )
 
 
-def by_load(rows: list[Row]) -> str:
-    """Return the rows that are of no load, one line each, then one line a figure with one column a load."""
+def of_serving(rows: list[Row]) -> str:
+    """Return the rows that stand alone, one line each; then times with one column a size, figures with one a load."""
+    sizes = [row | {"at": f"n {row['n']:,}, m {row['m']:,}"} for row in rows if "side" in row]
     loads = [row | {"at": f"{row['load']} %"} for row in rows if "load" in row]
-    others = [row for row in rows if "load" not in row]
-    across = _crosswise(loads, {"what": "of saturation", "unit": "unit"}, "at", lambda row: _value(row["value"]))
-    return f"{measured(others)}\n\n{across}" if others else across
+    others = [row for row in rows if not APART & row.keys()]
+    parts = [measured(others)] if others else []
+    if sizes:
+        parts.append(_crosswise(sizes, {"side": "ms of one request"}, "at", lambda row: _value(row["value"])))
+    if loads:
+        keys = {"what": "of saturation", "unit": "unit"}
+        parts.append(_crosswise(loads, keys, "at", lambda row: _value(row["value"])))
+    return "\n\n".join(parts)
 
 
 def _value(value: float | None) -> str:
@@ -133,8 +133,8 @@ def table(rows: list[Row]) -> str:
     first = rows[0]
     kinds = {"arch": compiled, "gpu": predicted, "num_events": by_size, "variant": by_length}
     made = next((kinds[key] for key in kinds if key in first), measured)
-    if any("load" in row for row in rows):
-        made = by_load
+    if any(APART & row.keys() for row in rows):
+        made = of_serving
     where = "" if made is predicted else f"Machine: {first['machine']}; {first['date']}.\n\n"
     return f"{where}{made(rows)}\n"
 
@@ -157,141 +157,6 @@ def render(page: str) -> str:
     return BLOCK.sub(block, page)
 
 
-def times_by_length(rows: list[Row]) -> dict[str, dict[str, list[tuple[int, float]]]]:
-    """Return direction -> variant -> (length, milliseconds) of the rows whose users all have one length."""
-    found: dict[str, dict[str, list[tuple[int, float]]]] = {}
-    for row in rows:
-        if match := TIMED.fullmatch(row["name"]):
-            found.setdefault(match[1], {}).setdefault(match[2], []).append((int(match[4]), row["value"]))
-    return found
-
-
-def plot(rows: list[Row]) -> bytes:
-    """Return time against length, one panel a direction and one line a variant, both axes logarithmic, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    directions = times_by_length(rows)
-    figure = Figure(figsize=(8.4, 3.6), dpi=90, layout="constrained")
-    FigureCanvasAgg(figure)
-    axes = figure.subplots(1, len(directions), sharey=True, squeeze=False)[0]
-    for axis, (direction, variants) in zip(axes, directions.items(), strict=True):
-        for (variant, points), marker in zip(variants.items(), "osD^v", strict=False):
-            axis.loglog(*zip(*points, strict=True), marker=marker, label=variant)
-        lengths = [length for length, _ in next(iter(variants.values()))]
-        axis.set_xticks(lengths, [str(length) for length in lengths])
-        axis.set_xticks([], minor=True)
-        axis.set(title=direction, xlabel="tokens a user")
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.grid(visible=True, alpha=0.3)
-    axes[0].set_ylabel("milliseconds")
-    axes[0].legend()
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
-
-
-def sizes_plot(rows: list[Row]) -> bytes:
-    """Return time and peak RSS of every stage against the size of the log, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.4, 3.6), dpi=90, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = (("time", "seconds"), ("peak RSS", "GB"))
-    for axis, (what, unit) in zip(figure.subplots(1, len(panels)), panels, strict=True):
-        for stage, marker in zip(
-            ("bare_sort", "import_log", "ingest", "vocabulary", "sequences"), "xosD^", strict=True
-        ):
-            points = [(row["num_events"], row["value"]) for row in rows if row["name"] == f"{stage}, {what}"]
-            draw = axis.loglog if what == "time" else axis.semilogx
-            draw(*zip(*points, strict=True), marker=marker, label=stage.replace("_", " "))
-        sizes = sorted({row["num_events"] for row in rows})
-        axis.set_xticks(sizes, [f"{size / 1e6:g} M" for size in sizes])
-        axis.set_xticks([], minor=True)
-        axis.set(title=what, xlabel="events", ylabel=unit)
-        if what != "time":
-            axis.set_ylim(bottom=0)
-        axis.yaxis.set_major_formatter("{x:g}")
-        axis.grid(visible=True, alpha=0.3)
-    figure.axes[0].legend()
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
-
-
-def encoders_plot(rows: list[Row]) -> bytes:
-    """Return milliseconds and peak memory of a training step and of inference against length, a line a variant."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(8.4, 6.4), dpi=70, layout="constrained")
-    FigureCanvasAgg(figure)
-    panels = ("training step", "inference", "training step, peak memory", "inference, peak memory")
-    for axis, what in zip(figure.subplots(2, 2, sharex=True).flat, panels, strict=True):
-        drawn = [row for row in rows if row["what"] == what]
-        for variant, marker in zip(dict.fromkeys(row["variant"] for row in drawn), "osD^", strict=False):
-            points = [(row["length"], row["value"]) for row in drawn if row["variant"] == variant]
-            axis.semilogx(*zip(*points, strict=True), marker=marker, label=variant)
-        lengths = sorted({row["length"] for row in drawn})
-        axis.set_xticks(lengths, [str(length) for length in lengths])
-        axis.set_xticks([], minor=True)
-        axis.set_ylim(bottom=0)
-        axis.set(title=what, xlabel="tokens a user", ylabel=drawn[0]["unit"])
-        axis.grid(visible=True, alpha=0.3)
-    figure.legend(*figure.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=3)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
-
-
-def serving_plot(rows: list[Row]) -> bytes:
-    """Return latency, goodput, cache hits and CPU against the offered load, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    loads = [row for row in rows if "load" in row]
-
-    def of(what: str) -> list[float]:
-        # NaN leaves a gap where nothing was answered.
-        return [float("nan") if row["value"] is None else row["value"] for row in loads if row["what"] == what]
-
-    goodput = next(row["what"] for row in loads if row["what"].startswith("goodput"))
-    offered = of("offered")
-    lost = {what: [x * share / 100 for x, share in zip(offered, of(what), strict=True)] for what in LOST}
-    panels: dict[str, dict[str, list[float]]] = {
-        "latency, ms": {f"p{percent}": of(f"latency, p{percent}") for percent in (50, 95, 99)},
-        "requests a second": {"offered": offered, goodput: of(goodput), **lost},
-        "cache hits, % of history tokens": {"by answers": of("cache hits by CACHED_TOKENS")},
-        "CPU, cores": {"server": of("server CPU"), "generator": of("generator CPU")},
-    }
-    figure = Figure(figsize=(8.4, 6.0), dpi=64, layout="constrained")
-    FigureCanvasAgg(figure)
-    for axis, (title, lines) in zip(figure.subplots(2, 2, sharex=True).flat, panels.items(), strict=True):
-        for (label, values), marker in zip(lines.items(), "osD^v", strict=False):
-            axis.plot(offered, values, marker=marker, label=label)
-        axis.set(title=title, xlabel="requests offered a second")
-        if title.startswith("latency"):
-            axis.set_yscale("log")
-            axis.yaxis.set_major_formatter("{x:g}")
-        else:
-            axis.set_ylim(0, 105 if title.startswith("cache") else None)
-        axis.grid(visible=True, alpha=0.3)
-        axis.legend(fontsize="x-small", framealpha=0.5)
-    stream = io.BytesIO()
-    figure.savefig(stream, format="png")
-    return stream.getvalue()
-
-
 if __name__ == "__main__":
-    served = rows_of("serving.json")
-    if any("load" in row for row in served):
-        SERVING_PLOT.write_bytes(serving_plot(served))
-    if (HERE / "encoders.json").is_file():
-        ENCODERS_PLOT.write_bytes(encoders_plot(rows_of("encoders.json")))
-    SIZES_PLOT.write_bytes(sizes_plot(rows_of("ingest.json")))
-    timed = json.loads((HERE / "attention.json").read_text(encoding="utf-8"))
-    if times_by_length(timed):
-        PLOT.write_bytes(plot(timed))
     for page in PAGES:
         page.write_text(render(page.read_text(encoding="utf-8")), encoding="utf-8")
