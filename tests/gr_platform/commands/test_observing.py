@@ -19,7 +19,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from gr_platform import settings
 from gr_platform.commands import observing, services
 from gr_platform.errors import UserError
-from serving import engine_metrics
+from serving import engine_metrics, figures
 
 
 def _free_port():
@@ -93,7 +93,8 @@ def test_the_rules_of_the_documentation_ask_for_figures_that_there_are(families)
     groups = yaml.safe_load((folder / "rules.yml").read_text())["groups"]
     rules = [rule for group in groups for rule in group["rules"]]
     asked = {re.sub("_(total|bucket)$", "", name) for rule in rules for name in re.findall(r"gr_\w+", rule["expr"])}
-    of_server = {re.sub("_total$", "", name) for name in re.findall(r'"(gr_\w+)"', inspect.getsource(engine_metrics))}
+    sources = inspect.getsource(engine_metrics) + inspect.getsource(figures)
+    of_server = {re.sub("_total$", "", name) for name in re.findall(r'"(gr_\w+)"', sources)}
     assert asked <= families.keys() | of_server
     assert asked & of_server
     assert all(rule["annotations"]["summary"] for rule in rules)
