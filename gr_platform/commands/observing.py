@@ -32,7 +32,7 @@ def serve_metrics(home: Path, dagster_home: Path, port: int) -> Iterator[str]:
     """Serve the figures until Ctrl-C or SIGTERM and yield the address. Raises UserError if the port is taken."""
     services.require_free(port, services.PLATFORM_METRICS)
     registry, collector = registry_of(home, dagster_home)
-    collector.gather(FIRST_S)
+    collector.gather(FIRST_S, one_by_one=True)
     end = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: end.set())
     server, thread = start_http_server(port, addr=services.HOST, registry=registry)

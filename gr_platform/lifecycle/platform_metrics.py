@@ -61,12 +61,22 @@ class PlatformCollector(Collector):
         """Yield which parts could be read, how long that took, and their figures."""
         yield from self.gather(self._deadline_s)
 
-    def gather(self, deadline_s: float) -> list[Metric]:
-        """Return what `collect` yields; waits so long for parts that take their time."""
+    def gather(self, deadline_s: float, *, one_by_one: bool = False) -> list[Metric]:
+        """Return what `collect` yields; waits so long for parts that take their time.
+
+        one_by_one: for the first reading. Parts that import the same libraries in two threads at once may find one of
+        them half imported.
+        """
         with self._lock:
+            until = time.monotonic() + deadline_s
             for name, part in self._parts.items():
-                self._begin(self._states[name], part)
-            wait([state.reading for state in self._states.values() if state.reading], timeout=deadline_s)
+                state = self._states[name]
+                self._begin(state, part)
+                if one_by_one and state.reading is not None:
+                    wait([state.reading], timeout=max(0.0, until - time.monotonic()))
+            wait(
+                [state.reading for state in self._states.values() if state.reading], max(0.0, until - time.monotonic())
+            )
             for name, state in self._states.items():
                 self._end(name, state)
             return [*self._about(), *(each for state in self._states.values() for each in state.figures)]

@@ -55,6 +55,23 @@ def test_a_part_that_cannot_be_read_shows_itself_as_down_and_hides_no_other(capl
     assert caplog.text.count("event=figures_not_read part=broken") == 1
 
 
+@pytest.mark.parametrize("one_by_one", [True, False])
+def test_the_first_reading_may_be_one_part_after_the_other(one_by_one):
+    running, together = [], []
+
+    def read():
+        running.append(1)
+        together.append(len(running))
+        time.sleep(0.1)
+        running.pop()
+        return []
+
+    collector = PlatformCollector([Part(name=name, read=read) for name in "abc"])
+    collector.gather(30.0, one_by_one=one_by_one)
+    assert (max(together) == 1) == one_by_one
+    assert len(together) == 3
+
+
 def test_a_part_that_hangs_holds_a_scrape_no_longer_than_the_deadline_and_is_read_once():
     go_on, asked = threading.Event(), []
 
