@@ -150,8 +150,9 @@ class ServedLog:
             self._count(**counts)
 
     def _count(self, **counts: int) -> None:
-        known = self._counters
-        self._counters = replace(known, **{name: getattr(known, name) + count for name, count in counts.items()})
+        with self._changed:
+            known = self._counters
+            self._counters = replace(known, **{name: getattr(known, name) + count for name, count in counts.items()})
 
     def _write(self, taken: list[tuple[Served, int]]) -> None:
         hashed = [(entry, None if entry.user is None else self._hash_user(entry.user)) for entry, _ in taken]

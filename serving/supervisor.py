@@ -47,6 +47,8 @@ class Supervisor:
         self._reloads: dict[str, list[float]] = defaultdict(list)
         self._restarts: list[float] = []
         self._gone_since: float | None = None
+        # Models whose files were found damaged: said once.
+        self._damaged: set[str] = set()
         self._quiet_until: dict[str, float] = defaultdict(float)
         self._health = Health(state="serving", checked_at=0.0)
         self._written_at = 0.0
@@ -141,7 +143,9 @@ class Supervisor:
             return verification.wanted_parameters(folder, model)
         except UserError as error:
             # What is loaded serves on, whatever has become of its files.
-            log.error("event=repository_damaged model=%s reason=%r", model, str(error))
+            if model not in self._damaged:
+                log.error("event=repository_damaged model=%s reason=%r", model, str(error))
+            self._damaged.add(model)
             return None
 
     def _heal(self, model: str, reason: str) -> None:

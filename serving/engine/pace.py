@@ -53,7 +53,9 @@ class Pace:
         A longer one counts by what it may take from this one's steps, so a short request is not refused for it.
         """
         most = OLDEST_SHARE * self.work_s(job)
-        urgent, alike = job.terms.priority, [other for other in others if other.terms.priority <= job.terms.priority]
+        own = job.terms.priority
         return sum(
-            self.work_s(other) if other.terms.priority < urgent else min(self.work_s(other), most) for other in alike
+            self.work_s(other) if other.terms.priority < own else min(self.work_s(other), most)
+            for other in others
+            if other.terms.priority <= own
         )
